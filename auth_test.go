@@ -1,0 +1,971 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// The examples of the RFCs, byte for byte.
+const (
+	// RFC 7515, appendices A.1 to A.3: the same claims under three algorithms.
+	rfcPayload = "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ"
+	rfcExpiry  = 1300819380
+
+	rfcSecret     = "AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow"
+	rfcTokenHS256 = "eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9." + rfcPayload +
+		".dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
+
+	rfcKeyRSA = `{"kty":"RSA","e":"AQAB","n":"ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddx` +
+		`HmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-` +
+		`bSf63kpaSHSXndS5z5rexMdbBYUsLA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7` +
+		`aGhyxXFvUK-DWNmoudF8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ"}`
+	rfcTokenRS256 = "eyJhbGciOiJSUzI1NiJ9." + rfcPayload +
+		".cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJd" +
+		"bF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN938" +
+		"3LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkW" +
+		"ywlVmtVrBp0igcN_IoypGlUPQGe77Rw"
+
+	rfcKeyP256 = `{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",` +
+		`"y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}`
+	rfcTokenES256 = "eyJhbGciOiJFUzI1NiJ9." + rfcPayload +
+		".DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"
+
+	// RFC 7515, appendix A.4: signs the text "Payload".
+	rfcKeyP521 = `{"kty":"EC","crv":"P-521","x":"AekpBQ8ST8a8VcfVOTNl353vSrDCLLJXmPk06wTjxrrjcBpXp5EOnYG_NjFZ6OvLFV1` +
+		`jSfS9tsz4qUxcWceqwQGk","y":"ADSmRA43Z1DSNx_RvcLI87cdL07l6jQyyBXMoxVg_l2Th-x3S1WDhjDly79ajL4Kkd0AZMaZmh9ub` +
+		`mf63e3kyMj2"}`
+	rfcTokenES512 = "eyJhbGciOiJFUzUxMiJ9.UGF5bG9hZA.AdwMgeerwtHoh-l192l60hp9wAHZFVJbLfD_UxMi70cwnZOYaRI1bKPWROc-mZZ" +
+		"qwqT2SI-KGDKB34XO0aw_7XdtAG8GaSwFKdCAPZgoXD2YBJZCPEX3xKpRwcdOO8KpEHwJjyqOgzDO7iKvU8vcnwNrmxYbSW9ERBXukOXo" +
+		"lLzeO_Jn"
+
+	// RFC 8037, appendix A: signs the text "Example of Ed25519 signing".
+	rfcKeyEd25519 = `{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}`
+	rfcTokenEdDSA = "eyJhbGciOiJFZERTQSJ9.RXhhbXBsZSBvZiBFZDI1NTE5IHNpZ25pbmc" +
+		".hgyY0il_MGCjP0JzlnLWG1PPOt7-09PGcvMg3AIbQR6dWbhijcNR4ki4iylGjg5BhVsPt9g7sVvpAr_MuM0KAg"
+)
+
+// tokenNow is the time on the clock of the verifiers under test.
+var tokenNow = time.Unix(1_700_000_000, 0)
+
+var tokenSecret = []byte("a secret of 32 bytes and no less")
+
+// tokenSigners are a private key of each sort. RSA takes long to make, so all
+// tests share them.
+var tokenSigners = sync.OnceValue(func() map[string]crypto.Signer {
+	signers := make(map[string]crypto.Signer)
+	for name, c := range curves {
+		private, err := ecdsa.GenerateKey(c.curve, rand.Reader)
+		if err != nil {
+			panic(err)
+		}
+		signers[name] = private
+	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		panic(err)
+	}
+	_, edKey, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	signers["RSA"], signers["Ed25519"] = rsaKey, edKey
+	return signers
+})
+
+// signToken returns a token of header and payload as they are, signed by a
+// secret or a private key with the algorithm, whatever the header says.
+func signToken(t testing.TB, signer any, algorithm, header, payload string) string {
+	t.Helper()
+	signed := encode64(header) + "." + encode64(payload)
+	hash := hashOf(algorithm)
+	var signature []byte
+	var err error
+	switch signer := signer.(type) {
+	case []byte:
+		signature = hmacSum(hash, signer, []byte(signed))
+	case ed25519.PrivateKey:
+		signature = ed25519.Sign(signer, []byte(signed))
+	case *rsa.PrivateKey:
+		var options crypto.SignerOpts = hash
+		if strings.HasPrefix(algorithm, "PS") {
+			options = &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash, Hash: hash}
+		}
+		signature, err = signer.Sign(rand.Reader, digest(hash, []byte(signed)), options)
+	case *ecdsa.PrivateKey:
+		var r, s *big.Int
+		r, s, err = ecdsa.Sign(rand.Reader, signer, digest(hash, []byte(signed)))
+		size := coordinateBytes(signer.Curve)
+		signature = make([]byte, 2*size)
+		r.FillBytes(signature[:size])
+		s.FillBytes(signature[size:])
+	default:
+		t.Fatalf("no signer: %T", signer)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed + "." + base64URL.EncodeToString(signature)
+}
+
+func encode64(s string) string { return base64URL.EncodeToString([]byte(s)) }
+
+// fixedVerifier is a verifier on whose clock it is always tokenNow.
+func fixedVerifier(issuer, audience string, keys ...key) *verifier {
+	v := newVerifier(keys, issuer, audience)
+	v.now = func() time.Time { return tokenNow }
+	return v
+}
+
+func mustKey(t testing.TB, material any) key {
+	t.Helper()
+	k, err := newKey(material)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// mustJWK reads a file that holds one JWK.
+func mustJWK(t testing.TB, text string) key {
+	t.Helper()
+	keys, err := parseKeyFile([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys[0]
+}
+
+func mustDecode64(t testing.TB, s string) []byte {
+	t.Helper()
+	b, err := decodeBase64(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func pemOf(t testing.TB, public any) []byte {
+	t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
+}
+
+func TestRFCExamples(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name, algorithm, token string
+		key                    key
+		claims                 bool // the payload holds claims, so that all of the token can be verified
+	}{
+		{"RFC 7515 A.1", "HS256", rfcTokenHS256, mustKey(t, hmacSecret(mustDecode64(t, rfcSecret))), true},
+		{"RFC 7515 A.2", "RS256", rfcTokenRS256, mustJWK(t, rfcKeyRSA), true},
+		{"RFC 7515 A.3", "ES256", rfcTokenES256, mustJWK(t, rfcKeyP256), true},
+		{"RFC 7515 A.4", "ES512", rfcTokenES512, mustJWK(t, rfcKeyP521), false},
+		{"RFC 8037 A.4", "EdDSA", rfcTokenEdDSA, mustJWK(t, rfcKeyEd25519), false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dot := strings.LastIndexByte(tt.token, '.')
+			input, signature := []byte(tt.token[:dot]), mustDecode64(t, tt.token[dot+1:])
+			if !tt.key.verifies(tt.algorithm, input, signature) {
+				t.Error("the signature of the RFC is refused")
+			}
+			for i := range signature {
+				signature[i] ^= 1
+				if tt.key.verifies(tt.algorithm, input, signature) {
+					t.Errorf("accepted with byte %d of the signature changed", i)
+				}
+				signature[i] ^= 1
+			}
+			v := newVerifier([]key{tt.key}, "", "")
+			v.now = func() time.Time { return time.Unix(rfcExpiry-1, 0) }
+			want := error(nil)
+			if !tt.claims {
+				want = errTokenClaims
+			}
+			if _, err := v.verify(tt.token); err != want {
+				t.Errorf("verify: %v, want %v", err, want)
+			}
+		})
+	}
+}
+
+// TestAlgorithms signs with every algorithm and tries every key with every
+// algorithm: only the pair that made the signature may take it.
+func TestAlgorithms(t *testing.T) {
+	t.Parallel()
+	signers := tokenSigners()
+	keys := map[string]key{"secret": mustKey(t, hmacSecret(tokenSecret))}
+	for name, signer := range signers {
+		keys[name] = mustJWK(t, jwkText(t, signer.Public()))
+	}
+	algorithms := []struct{ name, key string }{
+		{"HS256", "secret"}, {"HS384", "secret"}, {"HS512", "secret"},
+		{"RS256", "RSA"}, {"RS384", "RSA"}, {"RS512", "RSA"},
+		{"PS256", "RSA"}, {"PS384", "RSA"}, {"PS512", "RSA"},
+		{"ES256", "P-256"}, {"ES384", "P-384"}, {"ES512", "P-521"},
+		{"EdDSA", "Ed25519"}, {"Ed25519", "Ed25519"},
+	}
+	for _, signedWith := range algorithms {
+		t.Run(signedWith.name, func(t *testing.T) {
+			t.Parallel()
+			var signer any = tokenSecret
+			if signedWith.key != "secret" {
+				signer = signers[signedWith.key]
+			}
+			token := signToken(t, signer, signedWith.name, `{"alg":"`+signedWith.name+`"}`, `{"exp":1700000001}`)
+			if _, err := fixedVerifier("", "", keys[signedWith.key]).verify(token); err != nil {
+				t.Errorf("verify: %v", err)
+			}
+			dot := strings.LastIndexByte(token, '.')
+			input, signature := []byte(token[:dot]), mustDecode64(t, token[dot+1:])
+			for _, tried := range append(algorithms, struct{ name, key string }{"none", ""}) {
+				for name, k := range keys {
+					// Ed25519 is another name of EdDSA: RFC 9864, section 2.2.
+					want := name == signedWith.key && (tried.name == signedWith.name || name == "Ed25519" && tried.key == name)
+					if got := k.verifies(tried.name, input, signature); got != want {
+						t.Errorf("key %s as %s: %v, want %v", name, tried.name, got, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+// jwkText returns the JWK of a public key.
+func jwkText(t testing.TB, public crypto.PublicKey) string {
+	t.Helper()
+	switch k := public.(type) {
+	case *rsa.PublicKey:
+		return fmt.Sprintf(`{"kty":"RSA","n":%q,"e":%q}`, base64URL.EncodeToString(k.N.Bytes()),
+			base64URL.EncodeToString(big.NewInt(int64(k.E)).Bytes()))
+	case *ecdsa.PublicKey:
+		point, err := k.Bytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		x, y := point[1:1+len(point)/2], point[1+len(point)/2:]
+		return fmt.Sprintf(`{"kty":"EC","crv":%q,"x":%q,"y":%q}`, k.Params().Name,
+			base64URL.EncodeToString(x), base64URL.EncodeToString(y))
+	case ed25519.PublicKey:
+		return fmt.Sprintf(`{"kty":"OKP","crv":"Ed25519","x":%q}`, base64URL.EncodeToString(k))
+	}
+	t.Fatalf("no JWK for a %T", public)
+	return ""
+}
+
+// jwkWith returns the JWK with further members.
+func jwkWith(jwk, members string) string { return strings.TrimSuffix(jwk, "}") + "," + members + "}" }
+
+func TestForgedTokens(t *testing.T) {
+	t.Parallel()
+	const good = `{"exp":1700000001}`
+	signers := tokenSigners()
+	rsaPEM := pemOf(t, signers["RSA"].Public())
+	rsaDER, _ := pem.Decode(rsaPEM)
+	rsaKey := mustKey(t, signers["RSA"].Public())
+	p256, p384 := mustKey(t, signers["P-256"].Public()), mustKey(t, signers["P-384"].Public())
+	edKey := mustKey(t, signers["Ed25519"].Public())
+	onlyPS256 := mustJWK(t, jwkWith(jwkText(t, signers["RSA"].Public()), `"alg":"PS256"`))
+	es256 := signToken(t, signers["P-256"], "ES256", `{"alg":"ES256"}`, good)
+	signed := es256[:strings.LastIndexByte(es256, '.')]
+	es256Signature := string(mustDecode64(t, es256[len(signed)+1:]))
+	shortSalt, err := signers["RSA"].Sign(rand.Reader, digest(crypto.SHA256, []byte(encode64(`{"alg":"PS256"}`)+"."+encode64(good))),
+		&rsa.PSSOptions{SaltLength: 20, Hash: crypto.SHA256})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	tests := []struct {
+		name  string
+		key   key
+		token string
+		want  error
+	}{
+		{"none, no signature", rsaKey, encode64(`{"alg":"none"}`) + "." + encode64(good) + ".", errTokenKey},
+		{"None", rsaKey, encode64(`{"alg":"None"}`) + "." + encode64(good) + ".", errTokenKey},
+		{"empty alg", rsaKey, encode64(`{"alg":""}`) + "." + encode64(good) + ".", errTokenKey},
+		{"none against the secret", mustKey(t, hmacSecret(tokenSecret)), encode64(`{"alg":"none"}`) + "." + encode64(good) + ".", errTokenKey},
+		{"no signature", rsaKey, encode64(`{"alg":"RS256"}`) + "." + encode64(good) + ".", errTokenSignature},
+		{"HS256 with the PEM as the secret", rsaKey, signToken(t, rsaPEM, "HS256", `{"alg":"HS256"}`, good), errTokenKey},
+		{"HS256 with the DER as the secret", rsaKey, signToken(t, rsaDER.Bytes, "HS256", `{"alg":"HS256"}`, good), errTokenKey},
+		{"HS256 with an Ed25519 key as the secret", edKey,
+			signToken(t, []byte(signers["Ed25519"].Public().(ed25519.PublicKey)), "HS256", `{"alg":"HS256"}`, good), errTokenKey},
+		{"alg in lower case", rsaKey, signToken(t, signers["RSA"], "RS256", `{"alg":"rs256"}`, good), errTokenKey},
+		{"RS256 that says PS256", rsaKey, signToken(t, signers["RSA"], "RS256", `{"alg":"PS256"}`, good), errTokenSignature},
+		{"RS256 for a key that its JWK binds to PS256", onlyPS256, signToken(t, signers["RSA"], "RS256", `{"alg":"RS256"}`, good), errTokenKey},
+		{"PS256 for a key that its JWK binds to PS256", onlyPS256, signToken(t, signers["RSA"], "PS256", `{"alg":"PS256"}`, good), nil},
+		{"PS256 with a salt shorter than the hash", rsaKey, encode64(`{"alg":"PS256"}`) + "." + encode64(good) + "." + encode64(string(shortSalt)), errTokenSignature},
+		{"ES256 for a key on P-384", p384, es256, errTokenKey},
+		{"ES256 that says ES384", p384, signToken(t, signers["P-256"], "ES256", `{"alg":"ES384"}`, good), errTokenSignature},
+		{"ES256 with r and s of zero", p256, signed + "." + encode64(strings.Repeat("\x00", 64)), errTokenSignature},
+		{"ES256 with a zero byte before s", p256, signed + "." + encode64(es256Signature[:32]+"\x00"+es256Signature[32:]), errTokenSignature},
+		{"ES256 in ASN.1", p256, asn1Token(t, signers["P-256"], signed), errTokenSignature},
+		{"another secret", mustKey(t, hmacSecret(tokenSecret)), signToken(t, bytes.ToUpper(tokenSecret), "HS256", `{"alg":"HS256"}`, good), errTokenSignature},
+		{"a public key of its own in the header", p256, signToken(t, signers["P-384"], "ES384",
+			`{"alg":"ES384","jwk":`+jwkText(t, signers["P-384"].Public())+`}`, good), errTokenKey},
+		{"other claims under the signature", p256, encode64(`{"alg":"ES256"}`) + "." + encode64(`{"exp":1700000002}`) + es256[len(signed):], errTokenSignature},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			if _, err := fixedVerifier("", "", tt.key).verify(tt.token); err != tt.want {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+		})
+	}
+}
+
+// asn1Token signs with ECDSA in the form that RFC 7518 does not take.
+func asn1Token(t testing.TB, signer crypto.Signer, signed string) string {
+	t.Helper()
+	signature, err := signer.Sign(rand.Reader, digest(crypto.SHA256, []byte(signed)), crypto.SHA256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed + "." + base64URL.EncodeToString(signature)
+}
+
+func TestTokenForm(t *testing.T) {
+	t.Parallel()
+	hs256 := func(header, payload string) string { return signToken(t, tokenSecret, "HS256", header, payload) }
+	const header, good = `{"alg":"HS256"}`, `{"exp":1700000001}`
+	token := hs256(header, good)
+	// The 43rd character of 32 bytes has two bits to spare, which must be zero.
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	last := len(token) - 1
+	spareBit := token[:last] + string(alphabet[strings.IndexByte(alphabet, token[last])|1])
+	parts := strings.Split(token, ".")
+
+	tests := []struct {
+		name, token string
+		want        error
+	}{
+		{"as it should be", token, nil},
+		{"empty", "", errTokenParts},
+		{"two parts", parts[0] + "." + parts[1], errTokenParts},
+		{"four parts", token + ".", errTokenParts},
+		{"five parts, an encrypted token", token + "..", errTokenParts},
+		{"padded", token + "=", errTokenBase64},
+		{"line break at the end", token + "\n", errTokenBase64},
+		{"line break inside", parts[0] + "\r\n." + parts[1] + "." + parts[2], errTokenBase64},
+		{"bits behind the last byte", spareBit, errTokenBase64},
+		{"standard base64", parts[0] + "." + parts[1] + "." + base64.RawStdEncoding.EncodeToString(bytes.Repeat([]byte{0xfb}, 32)), errTokenBase64},
+		{"8192 bytes", longToken(t, 8192), nil},
+		{"more than 8192 bytes", longToken(t, 8193), errTokenLong},
+
+		{"header is no JSON", hs256(`{"alg":"HS256"`, good), errTokenHeader},
+		{"header is an array", hs256(`["HS256"]`, good), errTokenHeader},
+		{"header is null", hs256(`null`, good), errTokenHeader},
+		{"header has trailing data", hs256(header+"{}", good), errTokenHeader},
+		{"header is not UTF-8", hs256("{\"alg\":\"HS256\",\"x\":\"\xff\"}", good), errTokenHeader},
+		{"alg twice", hs256(`{"alg":"HS256","alg":"HS256"}`, good), errTokenHeader},
+		{"alg twice, once escaped", hs256(`{"alg":"HS256","\u0061lg":"HS256"}`, good), errTokenHeader},
+		{"an unknown member twice", hs256(`{"alg":"HS256","x":1,"x":2}`, good), errTokenHeader},
+		{"alg escaped", hs256(`{"\u0061lg":"HS\u003256"}`, good), nil},
+		{"no alg", hs256(`{"typ":"JWT"}`, good), errTokenAlg},
+		{"ALG", hs256(`{"ALG":"HS256"}`, good), errTokenAlg},
+		{"alg is null", hs256(`{"alg":null}`, good), errTokenAlg},
+		{"alg is an array", hs256(`{"alg":["HS256"]}`, good), errTokenAlg},
+		{"kid is a number", hs256(`{"alg":"HS256","kid":1}`, good), errTokenKid},
+		{"kid is null", hs256(`{"alg":"HS256","kid":null}`, good), errTokenKid},
+		{"crit", hs256(`{"alg":"HS256","crit":["exp"],"exp":1}`, good), errTokenCrit},
+		{"crit is empty", hs256(`{"alg":"HS256","crit":[]}`, good), errTokenCrit},
+		{"crit is null", hs256(`{"alg":"HS256","crit":null}`, good), errTokenCrit},
+		{"crit before a second crit", hs256(`{"alg":"HS256","crit":null,"crit":null}`, good), errTokenCrit},
+		{"members that mean nothing here", hs256(`{"alg":"HS256","typ":"at+jwt","jku":"https://example.com/"}`, good), nil},
+
+		{"claims are no JSON", hs256(header, "Payload"), errTokenClaims},
+		{"claims are an array", hs256(header, "["+good+"]"), errTokenClaims},
+		{"claims are a string", hs256(header, `"exp"`), errTokenClaims},
+		{"claims are null", hs256(header, `null`), errTokenClaims},
+		{"claims are empty", hs256(header, ``), errTokenClaims},
+		{"claims have trailing data", hs256(header, good+good), errTokenClaims},
+		{"claims are not UTF-8", hs256(header, "{\"exp\":1700000001,\"sub\":\"\xc3\x28\"}"), errTokenClaims},
+		{"claims hold half a surrogate", hs256(header, `{"exp":1700000001,"sub":"\ud800"}`), errTokenClaims},
+		{"a claim twice", hs256(header, `{"exp":1700000001,"sub":"alice","sub":"alice"}`), errTokenClaims},
+		{"a claim twice, once escaped", hs256(header, `{"exp":1700000001,"sub":"alice","s\u0075b":"root"}`), errTokenClaims},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			v := fixedVerifier("", "", mustKey(t, hmacSecret(tokenSecret)))
+			if _, err := v.verify(tt.token); err != tt.want {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+		})
+	}
+}
+
+// longToken returns a valid token of that many bytes.
+func longToken(t testing.TB, size int) string {
+	t.Helper()
+	for filler := size * 3 / 4; ; filler-- {
+		for _, space := range []string{"", " ", "  "} { // base64 has no text for some lengths
+			token := signToken(t, tokenSecret, "HS256", `{"alg":"HS256"`+space+`}`,
+				`{"exp":1700000001,"x":"`+strings.Repeat("x", filler)+`"}`)
+			if len(token) == size {
+				return token
+			}
+		}
+	}
+}
+
+func TestClaims(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name, payload string
+		want          error
+	}{
+		{"exp ahead", `{"exp":1700000001}`, nil},
+		{"no exp", `{"sub":"alice"}`, errTokenNoExp},
+		{"EXP", `{"EXP":1700000001}`, errTokenNoExp},
+		{"exp 29.5 s ago", `{"exp":1699999970.5}`, nil},
+		{"exp 30 s ago", `{"exp":1699999970}`, errTokenExpired},
+		{"exp long ago", `{"exp":0}`, errTokenExpired},
+		{"exp negative", `{"exp":-1700000001}`, errTokenExpired},
+		{"exp in milliseconds", `{"exp":1700000001000}`, nil},
+		{"exp with an exponent", `{"exp":1.700000001e9}`, nil},
+		{"exp enormous", `{"exp":1e308}`, nil},
+		{"exp beyond an int64", `{"exp":9223372036854775808}`, nil},
+		{"exp enormous and negative", `{"exp":-1e308}`, errTokenExpired},
+		{"exp infinite", `{"exp":1e999}`, errTokenDate},
+		{"exp a string", `{"exp":"1700000001"}`, errTokenDate},
+		{"exp null", `{"exp":null}`, errTokenDate},
+		{"exp true", `{"exp":true}`, errTokenDate},
+		{"exp an array", `{"exp":[1700000001]}`, errTokenDate},
+
+		{"nbf past", `{"exp":1700000001,"nbf":1699999999}`, nil},
+		{"nbf in 30 s", `{"exp":1700000100,"nbf":1700000030}`, nil},
+		{"nbf in 30.5 s", `{"exp":1700000100,"nbf":1700000030.5}`, errTokenEarly},
+		{"nbf enormous", `{"exp":1e300,"nbf":1e300}`, errTokenEarly},
+		{"nbf infinite", `{"exp":1700000001,"nbf":-1e999}`, errTokenDate},
+		{"nbf null", `{"exp":1700000001,"nbf":null}`, errTokenDate},
+		{"nbf a string", `{"exp":1700000001,"nbf":""}`, errTokenDate},
+
+		{"iat past", `{"exp":1700000001,"iat":1600000000}`, nil},
+		{"iat in 30 s", `{"exp":1700000100,"iat":1700000030}`, nil},
+		{"iat in 31 s", `{"exp":1700000100,"iat":1700000031}`, errTokenFuture},
+		{"iat null", `{"exp":1700000001,"iat":null}`, errTokenDate},
+		{"iat an object", `{"exp":1700000001,"iat":{}}`, errTokenDate},
+
+		{"sub a string", `{"exp":1700000001,"sub":"alice"}`, nil},
+		{"sub a number", `{"exp":1700000001,"sub":1}`, errTokenSub},
+		{"sub null", `{"exp":1700000001,"sub":null}`, errTokenSub},
+		{"unknown claims", `{"exp":1700000001,"jti":7,"roles":["admin"]}`, nil},
+		{"iss and aud of any type, unchecked", `{"exp":1700000001,"iss":1,"aud":{}}`, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			v := fixedVerifier("", "", mustKey(t, hmacSecret(tokenSecret)))
+			token := signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, tt.payload)
+			if _, err := v.verify(token); err != tt.want {
+				t.Errorf("%s: got %v, want %v", tt.payload, err, tt.want)
+			}
+		})
+	}
+}
+
+func TestIssuerAndAudience(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name, issuer, audience string // what the service is configured for
+		claims                 string
+		want                   error
+	}{
+		{"issuer fits", "https://id.example", "", `"iss":"https://id.example"`, nil},
+		{"issuer missing", "https://id.example", "", `"sub":"alice"`, errTokenIssuer},
+		{"issuer with a slash more", "https://id.example", "", `"iss":"https://id.example/"`, errTokenIssuer},
+		{"issuer in an array", "https://id.example", "", `"iss":["https://id.example"]`, errTokenIssuer},
+		{"issuer null", "https://id.example", "", `"iss":null`, errTokenIssuer},
+		{"audience fits", "", "users", `"aud":"users"`, nil},
+		{"audience among others", "", "users", `"aud":["orders","users"]`, nil},
+		{"audience missing", "", "users", `"sub":"alice"`, errTokenAudience},
+		{"another audience", "", "users", `"aud":"orders"`, errTokenAudience},
+		{"audience in another case", "", "users", `"aud":"Users"`, errTokenAudience},
+		{"audience as a part of a string", "", "users", `"aud":"users orders"`, errTokenAudience},
+		{"no audience at all", "", "users", `"aud":[]`, errTokenAudience},
+		{"audience beside a number", "", "users", `"aud":["users",1]`, errTokenAudience},
+		{"audience null", "", "users", `"aud":null`, errTokenAudience},
+		{"audience an object", "", "users", `"aud":{"users":"users"}`, errTokenAudience},
+		{"both fit", "https://id.example", "users", `"iss":"https://id.example","aud":"users"`, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			v := fixedVerifier(tt.issuer, tt.audience, mustKey(t, hmacSecret(tokenSecret)))
+			token := signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, `{"exp":1700000001,`+tt.claims+`}`)
+			if _, err := v.verify(token); err != tt.want {
+				t.Errorf("%s: got %v, want %v", tt.claims, err, tt.want)
+			}
+		})
+	}
+}
+
+func TestScopes(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		claims      string
+		read, write bool
+	}{
+		{`"sub":"alice"`, true, true},
+		{`"scope":"users:read"`, true, false},
+		{`"scope":"users:write"`, false, true},
+		{`"scope":"users:read users:write"`, true, true},
+		{`"scope":"openid  users:read "`, true, false},
+		{`"scope":"USERS:READ users:writer users"`, false, false},
+		{`"scope":"users:read\tusers:write"`, false, false},
+		{`"scope":""`, false, false},
+		{`"scope":null`, false, false},
+		{`"scope":["users:read"]`, false, false},
+		{`"scope":{"users:read":true}`, false, false},
+		{`"scp":"users:read users:write"`, true, true},
+		{`"scp":["users:read"]`, true, false},
+		{`"scp":["users:read","users:write"]`, true, true},
+		{`"scp":["users:read users:write"]`, false, false},
+		{`"scp":["users:read",1]`, false, false},
+		{`"scp":[]`, false, false},
+		{`"scp":null`, false, false},
+		{`"scp":true`, false, false},
+		{`"scope":"users:read","scp":["users:write"]`, true, true},
+		{`"scope":"users:read","scp":null`, true, false},
+		{`"SCOPE":"users:read"`, true, true}, // an unknown claim
+	}
+	for _, tt := range tests {
+		t.Run(tt.claims, func(t *testing.T) {
+			t.Parallel()
+			v := fixedVerifier("", "", mustKey(t, hmacSecret(tokenSecret)))
+			c, err := v.verify(signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, `{"exp":1700000001,`+tt.claims+`}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if read, write := c.allows("users:read"), c.allows("users:write"); read != tt.read || write != tt.write {
+				t.Errorf("read %v, write %v; want %v, %v", read, write, tt.read, tt.write)
+			}
+		})
+	}
+}
+
+func TestKid(t *testing.T) {
+	t.Parallel()
+	signers := tokenSigners()
+	named := mustJWK(t, jwkWith(jwkText(t, signers["P-256"].Public()), `"kid":"a"`))
+	other := mustJWK(t, jwkWith(rfcKeyP256, `"kid":"b"`))
+	nameless := mustKey(t, signers["P-256"].Public())
+	tests := []struct {
+		name, header string
+		keys         []key
+		want         error
+	}{
+		{"the key of that kid", `{"alg":"ES256","kid":"a"}`, []key{other, named}, nil},
+		{"another key has that kid", `{"alg":"ES256","kid":"b"}`, []key{other, named}, errTokenSignature},
+		{"two keys of one kid", `{"alg":"ES256","kid":"b"}`, []key{other, {"b", named.material, named.algorithms}}, nil},
+		{"no key of that kid", `{"alg":"ES256","kid":"c"}`, []key{other, named}, errTokenKey},
+		{"a key without a kid fits any", `{"alg":"ES256","kid":"c"}`, []key{other, nameless}, nil},
+		{"no kid: each key is tried", `{"alg":"ES256"}`, []key{other, named}, nil},
+		{"the kid of a key with another algorithm", `{"alg":"ES384","kid":"a"}`, []key{other, named}, errTokenKey},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			token := signToken(t, signers["P-256"], "ES256", tt.header, `{"exp":1700000001}`)
+			if _, err := fixedVerifier("", "", tt.keys...).verify(token); err != tt.want {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestMintToken(t *testing.T) {
+	t.Parallel()
+	token := mintToken(tokenSecret, grant{subject: "Alice <a&b>", scope: "users:read", issuer: "me", audience: "users", ttl: time.Hour}, tokenNow)
+	v := fixedVerifier("me", "users", mustKey(t, hmacSecret(tokenSecret)))
+	c, err := v.verify(token)
+	if err != nil || c.subject != "Alice <a&b>" || !c.allows("users:read") || c.allows("users:write") {
+		t.Errorf("verify: %+v, %v", c, err)
+	}
+	v.now = func() time.Time { return tokenNow.Add(time.Hour + leeway*time.Second) }
+	if _, err := v.verify(token); err != errTokenExpired {
+		t.Errorf("after its time: %v", err)
+	}
+	bare := strings.Split(mintToken(tokenSecret, grant{ttl: time.Minute}, tokenNow), ".")
+	if got, want := string(mustDecode64(t, bare[1])), `{"iat":1700000000,"exp":1700000060}`; got != want {
+		t.Errorf("a grant of nothing: %s, want %s", got, want)
+	}
+}
+
+func TestRequireAuth(t *testing.T) {
+	t.Parallel()
+	bearer := func(payload string) string {
+		return "Bearer " + signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, payload)
+	}
+	all := bearer(`{"exp":1700000001,"sub":"alice"}`)
+	read := bearer(`{"exp":1700000001,"sub":"alice","scope":"users:read"}`)
+	write := bearer(`{"exp":1700000001,"sub":"alice","scope":"users:write"}`)
+	expired := bearer(`{"exp":1600000000,"sub":"alice"}`)
+	const (
+		missing = `Bearer realm="rollcall"`
+		invalid = `Bearer realm="rollcall", error="invalid_token", error_description="`
+		lacks   = `Bearer realm="rollcall", error="insufficient_scope", error_description="The token lacks the scope `
+	)
+	tests := []struct {
+		name, method, target string
+		authorization        []string
+		status               int
+		message, challenge   string
+	}{
+		{"valid token", "GET", "/api/v1/users", []string{all}, 200, "", ""},
+		{"scheme in lower case", "GET", "/api/v1/users", []string{"bearer" + all[6:]}, 200, "", ""},
+		{"two spaces", "GET", "/api/v1/users", []string{"Bearer " + all[6:]}, 200, "", ""},
+		{"no header", "GET", "/api/v1/users", nil, 401, "Missing bearer token", missing},
+		{"empty header", "GET", "/api/v1/users", []string{""}, 401, "Missing bearer token", missing},
+		{"scheme alone", "GET", "/api/v1/users", []string{"Bearer"}, 401, "Missing bearer token", missing},
+		{"scheme and a space", "GET", "/api/v1/users", []string{"Bearer "}, 401, "Missing bearer token", missing},
+		{"another scheme", "GET", "/api/v1/users", []string{"Basic YTpi"}, 401, "Missing bearer token", missing},
+		{"no scheme", "GET", "/api/v1/users", []string{all[7:]}, 401, "Missing bearer token", missing},
+		{"no space", "GET", "/api/v1/users", []string{"Bearer" + all[7:]}, 401, "Missing bearer token", missing},
+		{"token in the query", "GET", "/api/v1/users?access_token=" + all[7:], nil, 401, "Missing bearer token", missing},
+		{"two headers", "GET", "/api/v1/users", []string{all, all}, 401, string(errTokenCount), invalid + string(errTokenCount) + `"`},
+		{"two tokens in one header", "GET", "/api/v1/users", []string{all + ", " + all}, 401, string(errTokenParts), invalid + string(errTokenParts) + `"`},
+		{"two words", "GET", "/api/v1/users", []string{all + " x"}, 401, string(errTokenBase64), invalid + string(errTokenBase64) + `"`},
+		{"expired", "GET", "/api/v1/users", []string{expired}, 401, "The token has expired", invalid + `The token has expired"`},
+
+		{"unknown route", "GET", "/api/nothing", nil, 401, "Missing bearer token", missing},
+		{"escaped path", "GET", "/%61pi/v1/users", nil, 401, "Missing bearer token", missing},
+		{"escaped slash", "GET", "/api%2Fv1/users", nil, 401, "Missing bearer token", missing},
+		{"outside the API", "GET", "/health", nil, 200, "", ""},
+		{"outside the API with a bad token", "GET", "/health", []string{expired}, 200, "", ""},
+		{"another word that begins with api", "GET", "/apiary", nil, 200, "", ""},
+
+		{"read with users:read", "GET", "/api/v1/users", []string{read}, 200, "", ""},
+		{"HEAD with users:read", "HEAD", "/api/v1/users", []string{read}, 200, "", ""},
+		{"write with users:write", "POST", "/api/v1/users", []string{write}, 200, "", ""},
+		{"POST with users:read", "POST", "/api/v1/users", []string{read}, 403, "The token lacks the scope users:write", lacks + `users:write", scope="users:write"`},
+		{"DELETE with users:read", "DELETE", "/api/v1/users/1", []string{read}, 403, "The token lacks the scope users:write", lacks + `users:write", scope="users:write"`},
+		{"OPTIONS with users:read", "OPTIONS", "/api/v1/users", []string{read}, 403, "The token lacks the scope users:write", lacks + `users:write", scope="users:write"`},
+		{"GET with users:write", "GET", "/api/v1/users", []string{write}, 403, "The token lacks the scope users:read", lacks + `users:read", scope="users:read"`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			reached := false
+			h := requireAuth(fixedVerifier("", "", mustKey(t, hmacSecret(tokenSecret))),
+				http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached = true }))
+			r := httptest.NewRequest(tt.method, tt.target, nil)
+			r.Header["Authorization"] = tt.authorization
+			x := new(exchange)
+			r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x))
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, r)
+			if w.Code != tt.status || reached != (tt.status == 200) {
+				t.Errorf("status %d, reached the handler: %v; want %d", w.Code, reached, tt.status)
+			}
+			if got := w.Header().Get("WWW-Authenticate"); got != tt.challenge {
+				t.Errorf("challenge\n got %s\nwant %s", got, tt.challenge)
+			}
+			// Who lacks a scope is known all the same; who sent a bad token is not.
+			subject := ""
+			if tt.status != 401 && strings.HasPrefix(tt.target, "/api/") {
+				subject = "alice"
+			}
+			if x.subject != subject {
+				t.Errorf("subject %q, want %q", x.subject, subject)
+			}
+			var body struct{ Error struct{ Message string } }
+			if tt.status != 200 {
+				if err := json.Unmarshal(w.Body.Bytes(), &body); err != nil {
+					t.Error(err)
+				}
+			}
+			if body.Error.Message != tt.message {
+				t.Errorf("message %q, want %q", body.Error.Message, tt.message)
+			}
+		})
+	}
+}
+
+func TestSecretKey(t *testing.T) {
+	t.Parallel()
+	if _, err := secretKey(make([]byte, 31)); err == nil || err.Error() != "the secret has 31 bytes, it takes at least 32" {
+		t.Errorf("31 bytes: %v", err)
+	}
+	if k, err := secretKey(make([]byte, 32)); err != nil || !slices.Equal(k.algorithms, []string{"HS256", "HS384", "HS512"}) {
+		t.Errorf("32 bytes: %v, %v", k.algorithms, err)
+	}
+}
+
+func TestNewVerifierNeedsAKey(t *testing.T) {
+	t.Parallel()
+	defer func() {
+		if recover() == nil {
+			t.Error("a verifier without keys")
+		}
+	}()
+	newVerifier(nil, "", "")
+}
+
+// keyFileTests are what a key file may hold; FuzzKeyFile starts from them.
+func keyFileTests(t testing.TB) []keyFileTest {
+	t.Helper()
+	signers := tokenSigners()
+	certificate, err := x509.CreateCertificate(rand.Reader, new(x509.Certificate), new(x509.Certificate), signers["P-256"].Public(), signers["P-256"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(signers["P-256"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsaKey := signers["RSA"].Public().(*rsa.PublicKey)
+	block := func(kind string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	}
+	pemText := func(public any) string { return string(pemOf(t, public)) }
+	modulus := func(bits int) *big.Int { return new(big.Int).SetBit(big.NewInt(1), bits-1, 1) }
+	rsaText := func(n *big.Int, e string) string {
+		return fmt.Sprintf(`{"kty":"RSA","n":%q,"e":%q}`, base64URL.EncodeToString(n.Bytes()), e)
+	}
+	set := func(keys ...string) string { return `{"keys":[` + strings.Join(keys, ",") + `]}` }
+	const anyRSA = "RS256 RS384 RS512 PS256 PS384 PS512"
+
+	return []keyFileTest{
+		{"PEM: RSA", pemText(rsaKey), anyRSA, ""},
+		{"PEM: RSA in PKCS #1", block("RSA PUBLIC KEY", x509.MarshalPKCS1PublicKey(rsaKey)), anyRSA, ""},
+		{"PEM: P-256", pemText(signers["P-256"].Public()), "ES256", ""},
+		{"PEM: P-384", pemText(signers["P-384"].Public()), "ES384", ""},
+		{"PEM: P-521", pemText(signers["P-521"].Public()), "ES512", ""},
+		{"PEM: Ed25519", pemText(signers["Ed25519"].Public()), "EdDSA Ed25519", ""},
+		{"PEM: certificate", block("CERTIFICATE", certificate), "ES256", ""},
+		{"PEM: two keys with text around", "old\n" + pemText(signers["P-256"].Public()) + "new\n" + pemText(signers["P-384"].Public()) + "\n\n", "ES256, ES384", ""},
+		{"PEM: private key", block("PRIVATE KEY", private), "", `PEM block 1 ("PRIVATE KEY"): this is a private key, where only the public one belongs`},
+		{"PEM: private key behind a public one", pemText(rsaKey) + block("EC PRIVATE KEY", nil), "", `PEM block 2 ("EC PRIVATE KEY"): this is a private key`},
+		{"PEM: encrypted private key", block("ENCRYPTED PRIVATE KEY", nil), "", "this is a private key"},
+		{"PEM: no key", block("CERTIFICATE REQUEST", nil), "", "this kind of block holds no public key"},
+		{"PEM: damaged DER", block("PUBLIC KEY", []byte{1, 2, 3}), "", `PEM block 1 ("PUBLIC KEY"): asn1`},
+		{"PEM: damaged block", pemText(rsaKey) + strings.Replace(pemText(rsaKey), "-----END", "----END", 1), "", "1 of 2 PEM blocks are damaged"},
+		{"PEM: RSA of 1024 bits", pemText(&rsa.PublicKey{N: modulus(1024), E: 65537}), "", "the RSA modulus has 1024 bits, it takes 2048 to 16384"},
+		{"PEM: P-224", pemText(p224.Public()), "", "the curve P-224 is none of P-256, P-384 and P-521"},
+		{"empty file", "", "", "the file holds neither a PEM block nor a JSON object"},
+		{"another file", "JWT_SECRET=abc\n", "", "the file holds neither a PEM block nor a JSON object"},
+		{"a file too large", strings.Repeat(" ", maxKeyFileBytes+1), "", "the file is larger than 1048576 bytes"},
+
+		{"JWK by itself", "\n " + rfcKeyRSA + "\n", anyRSA, ""},
+		{"set of one", set(rfcKeyP256), "ES256", ""},
+		{"set of many", set(rfcKeyRSA, rfcKeyP256, rfcKeyP521, rfcKeyEd25519), anyRSA + ", ES256, ES512, EdDSA Ed25519", ""},
+		{"alg binds", set(jwkWith(rfcKeyRSA, `"alg":"PS512"`), jwkWith(rfcKeyEd25519, `"alg":"EdDSA"`)), "PS512, EdDSA", ""},
+		{"use and key_ops for signatures", jwkWith(rfcKeyP256, `"use":"sig","key_ops":["verify"]`), "ES256", ""},
+		{"unknown members", jwkWith(rfcKeyP256, `"x5c":[],"ext":true`), "ES256", ""},
+		{"kty unknown, passed over", set(`{"kty":"AKP","pub":""}`, rfcKeyP256), "ES256", ""},
+		{"curve unknown, passed over", set(`{"kty":"EC","crv":"secp256k1"}`, `{"kty":"OKP","crv":"X25519"}`, rfcKeyP256), "ES256", ""},
+		{"use for encryption, passed over", set(jwkWith(rfcKeyRSA, `"use":"enc","alg":"RSA-OAEP"`), rfcKeyP256), "ES256", ""},
+		{"key_ops without verify, passed over", set(jwkWith(rfcKeyRSA, `"key_ops":["encrypt"]`), rfcKeyP256), "ES256", ""},
+
+		{"nothing but foreign keys", set(`{"kty":"AKP","kid":"k"}`), "", `no key in it can check a signature: key 1 (kid "k"): not a key for signatures that this service knows`},
+		{"set of none", set(), "", "no key in it can check a signature: it is empty"},
+		{"no JSON", `{"keys":[}`, "", "not a JSON Web Key Set: Malformed JSON"},
+		{"trailing data", set(rfcKeyP256) + "{}", "", "not a JSON Web Key Set: Malformed JSON"},
+		{"neither set nor key", `{"jwks":[]}`, "", "not a JSON Web Key Set: it has neither keys nor kty"},
+		{"keys twice", `{"keys":[],"keys":[` + rfcKeyP256 + `]}`, "", "not a JSON Web Key Set: a member is given twice"},
+		{"keys an object", `{"keys":{}}`, "", "not a JSON Web Key Set: keys is not an array"},
+		{"keys null", `{"keys":null}`, "", "not a JSON Web Key Set: keys is not an array"},
+		{"a key that is no object", set(`null`), "", `key 1 (kid ""): a JSON object is expected`},
+		{"every broken key is named", set(`{"kty":"RSA","kid":"a"}`, rfcKeyP256, `{"kty":"EC","kid":"c"}`), "", `key 1 (kid "a"): n is missing; key 3 (kid "c"): crv is missing`},
+		{"kty missing", set(`{"kid":"a"}`), "", `key 1 (kid "a"): kty is missing`},
+		{"kty a number", set(`{"kty":1}`), "", "kty is not a string"},
+		{"kid a number", jwkWith(rfcKeyP256, `"kid":1`), "", "kid is not a string"},
+		{"a member twice", set(jwkWith(rfcKeyP256, `"kty":"EC"`)), "", "a member is given twice"},
+		{"a secret", set(`{"kty":"oct","k":"` + rfcSecret + `"}`), "", "this is a shared secret (kty is oct): JWT_SECRET is the place for it"},
+		{"private RSA key", jwkWith(rfcKeyRSA, `"d":"AQAB"`), "", "this is a private key"},
+		{"private EC key", jwkWith(rfcKeyP256, `"d":"AQAB"`), "", "this is a private key"},
+		{"private Ed25519 key for encryption", jwkWith(rfcKeyEd25519, `"d":"AQAB","use":"enc"`), "", "this is a private key"},
+		{"alg of another kty", jwkWith(rfcKeyRSA, `"alg":"ES256"`), "", `alg is "ES256", and the key takes RS256, RS384, RS512, PS256, PS384, PS512`},
+		{"alg of another curve", jwkWith(rfcKeyP256, `"alg":"ES384"`), "", `alg is "ES384", and the key takes ES256`},
+		{"alg of a secret", jwkWith(rfcKeyRSA, `"alg":"HS256"`), "", `alg is "HS256"`},
+		{"alg none", jwkWith(rfcKeyRSA, `"alg":"none"`), "", `alg is "none"`},
+		{"alg null", jwkWith(rfcKeyRSA, `"alg":null`), "", "alg is not a string"},
+		{"use null", jwkWith(rfcKeyRSA, `"use":null`), "", "use is not a string"},
+		{"key_ops a string", jwkWith(rfcKeyRSA, `"key_ops":"verify"`), "", "key_ops is not an array of strings"},
+		{"n padded", strings.Replace(rfcKeyRSA, `poQ"`, `poQ=="`, 1), "", "n is not unpadded base64url"},
+		{"n of 2047 bits", rsaText(modulus(2047), "AQAB"), "", "the RSA modulus has 2047 bits, it takes 2048 to 16384"},
+		{"n of 16385 bits", rsaText(modulus(16385), "AQAB"), "", "the RSA modulus has 16385 bits"},
+		{"n even", rsaText(new(big.Int).Lsh(big.NewInt(1), 2047), "AQAB"), "", "the RSA modulus is even"},
+		{"e of 3", rsaText(modulus(2048), "Aw"), anyRSA, ""},
+		{"e of 1", rsaText(modulus(2048), "AQ"), "", "the RSA exponent is not an odd number from 3 to 2147483647"},
+		{"e even", rsaText(modulus(2048), "AQAC"), "", "the RSA exponent is not an odd number"},
+		{"e of 2^31+1", rsaText(modulus(2048), "gAAAAQ"), "", "the RSA exponent is not an odd number"},
+		{"e of 2^64+3", rsaText(modulus(2048), "AQAAAAAAAAAD"), "", "the RSA exponent is not an odd number"},
+		{"e empty", rsaText(modulus(2048), ""), "", "the RSA exponent is not an odd number"},
+		{"point not on the curve", strings.Replace(rfcKeyP256, "f83O", "f83P", 1), "", "x and y are no point on the curve"},
+		{"point of zeros", `{"kty":"EC","crv":"P-256","x":"` + encode64(strings.Repeat("\x00", 32)) + `","y":"` + encode64(strings.Repeat("\x00", 32)) + `"}`, "", "x and y are no point on the curve"},
+		{"point of another curve", strings.Replace(rfcKeyP521, "P-521", "P-384", 1), "", "x and y have 66 and 66 bytes, each takes 48"},
+		{"y missing", `{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU"}`, "", "y is missing"},
+		{"Ed25519 key too short", `{"kty":"OKP","crv":"Ed25519","x":"AQAB"}`, "", "x has 3 bytes, it takes 32"},
+	}
+}
+
+type keyFileTest struct {
+	name, text string
+	want       string // the algorithms of each key
+	err        string // a part of the error
+}
+
+func TestKeyFile(t *testing.T) {
+	t.Parallel()
+	for _, tt := range keyFileTests(t) {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "keys")
+			if err := os.WriteFile(path, []byte(tt.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			keys, err := readKeyFile(path)
+			if tt.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.err) {
+					t.Fatalf("error %v, want %s", err, tt.err)
+				}
+				if strings.ContainsRune(err.Error(), '\n') {
+					t.Errorf("an error of more than one line: %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, k := range keys {
+				got = append(got, strings.Join(k.algorithms, " "))
+			}
+			if joined := strings.Join(got, ", "); joined != tt.want {
+				t.Errorf("got %s, want %s", joined, tt.want)
+			}
+		})
+	}
+}
+
+func TestKeyFileMissing(t *testing.T) {
+	t.Parallel()
+	if _, err := readKeyFile(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestKeySet shows what a reader of remote sets builds on: a broken key leaves
+// the others in use.
+func TestKeySet(t *testing.T) {
+	t.Parallel()
+	set, err := parseJWKS([]byte(`{"keys":[{"kty":"RSA","kid":"broken"},` + jwkWith(rfcKeyP256, `"kid":"good"`) + `,{"kty":"new"}]}`))
+	if err != nil || len(set.keys) != 1 || set.keys[0].id != "good" || len(set.broken) != 1 || len(set.ignored) != 1 {
+		t.Errorf("got %+v, %v", set, err)
+	}
+}
+
+// FuzzToken holds that whatever verifies is one of the tokens that were signed:
+// without the private keys, nothing can be made of them.
+func FuzzToken(f *testing.F) {
+	secret := mustDecode64(f, rfcSecret)
+	now := time.Unix(rfcExpiry-1, 0)
+	signed := []string{
+		rfcTokenHS256, rfcTokenRS256, rfcTokenES256,
+		mintToken(secret, grant{subject: "alice", scope: "users:read", ttl: time.Hour}, now),
+		signToken(f, secret, "HS512", `{"kid":"a","alg":"HS512"}`, `{"exp":1e99,"nbf":0.5,"iat":1,"aud":["x"],"scp":["users:read"]}`),
+	}
+	for _, token := range signed {
+		f.Add(token)
+	}
+	f.Add(rfcTokenES512)
+	f.Add(rfcTokenEdDSA)
+	f.Add(encode64(`{"alg":"none"}`) + "." + rfcPayload + ".")
+	f.Add(`{"alg":"HS256","kid":"a","crit":[]}`)
+	f.Add(`{"exp":1e999,"nbf":null,"iat":-1,"iss":"me","aud":["users",1],"sub":"a\u0062","scope":"a b","scp":["a"]}`)
+	keys := []key{mustKey(f, hmacSecret(secret)), mustJWK(f, rfcKeyRSA), mustJWK(f, rfcKeyP256), mustJWK(f, rfcKeyP521), mustJWK(f, rfcKeyEd25519)}
+	v := newVerifier(keys, "", "")
+	v.now = func() time.Time { return now }
+	strict := newVerifier(keys, "me", "users")
+	strict.now = v.now
+
+	f.Fuzz(func(t *testing.T, text string) {
+		_, err := v.verify(text)
+		if err == nil && !slices.Contains(signed, text) {
+			t.Errorf("forged: %s", text)
+		}
+		// A header comes from anybody, and claims from all who hold a key.
+		_, _, headerErr := parseTokenHeader([]byte(text))
+		_, claimsErr := strict.checkClaims([]byte(text))
+		for _, err := range []error{err, headerErr, claimsErr} {
+			if _, ok := err.(tokenError); err != nil && !ok {
+				t.Errorf("not an error for the caller: %v", err)
+			}
+		}
+	})
+}
+
+// FuzzKeyFile holds that a file gives either an error or keys that can be used.
+func FuzzKeyFile(f *testing.F) {
+	for _, tt := range keyFileTests(f) {
+		if len(tt.text) <= 4096 {
+			f.Add([]byte(tt.text))
+		}
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		keys, err := parseKeyFile(data)
+		if (err == nil) != (len(keys) > 0) {
+			t.Fatalf("%d keys and the error %v", len(keys), err)
+		}
+		for _, k := range keys {
+			if len(k.algorithms) == 0 {
+				t.Error("a key that takes no algorithm")
+			}
+			for _, algorithm := range append(k.algorithms, "none", "HS256") {
+				if k.verifies(algorithm, data, make([]byte, 64)) {
+					t.Errorf("%s: a signature of zeros", algorithm)
+				}
+			}
+		}
+	})
+}
+
+// TestTokenErrors keeps what callers read within what RFC 6750, section 3, lets
+// stand in an error_description.
+func TestTokenErrors(t *testing.T) {
+	t.Parallel()
+	for _, err := range []tokenError{errTokenCount, errTokenLong, errTokenParts, errTokenBase64, errTokenHeader, errTokenAlg,
+		errTokenKid, errTokenCrit, errTokenKey, errTokenSignature, errTokenClaims, errTokenNoExp, errTokenDate, errTokenSub,
+		errTokenExpired, errTokenEarly, errTokenFuture, errTokenIssuer, errTokenAudience} {
+		for _, c := range string(err) {
+			if c < ' ' || c > '~' || c == '"' || c == '\\' {
+				t.Errorf("%q in %q", c, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,418 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	osuser "os/user" // user is a type of ours
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+)
+
+// When this variable names a folder, the test binary is no test: it starts the
+// database in there, says so, and waits to be killed.
+const devHelperVar = "ROLLCALL_TEST_DEV_HELPER"
+
+func init() {
+	dir := os.Getenv(devHelperVar)
+	if dir == "" {
+		return
+	}
+	d, err := startDevDatabase(context.Background(), dir, "fsync=off")
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("ready")
+	<-d.exited()
+	os.Exit(1)
+}
+
+// startDev starts a database that is stopped when the test ends.
+func startDev(t *testing.T, dir string, settings ...string) *devDatabase {
+	t.Helper()
+	d, err := startDevDatabase(t.Context(), dir, append(settings, "fsync=off")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.stop() })
+	return d
+}
+
+// stopDev stops a database, and checks that it leaves nothing behind.
+func stopDev(t *testing.T, d *devDatabase) {
+	t.Helper()
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	assertNoServer(t, d.dir)
+	if _, err := os.Stat(d.sockets); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the folder of the socket is still there: %v", err)
+	}
+}
+
+// assertNoServer checks that no process of PostgreSQL runs on the data in dir: each
+// of them would have the lock.
+func assertNoServer(t *testing.T, dir string) {
+	t.Helper()
+	f, err := lockFile(filepath.Join(dir, "lock.postgres"))
+	if err != nil {
+		t.Errorf("PostgreSQL still runs: %v", err)
+	}
+	f.Close()
+}
+
+func devQuery(t *testing.T, d *devDatabase, query string) (answer string) {
+	t.Helper()
+	db, err := sql.Open("postgres", d.url())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.QueryRowContext(t.Context(), query).Scan(&answer); err != nil {
+		t.Fatalf("%s: %v", query, err)
+	}
+	return answer
+}
+
+func exists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}
+
+func TestDevDatabaseKeepsData(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "project", ".dev")
+	d := startDev(t, dir, "application_name=from a test")
+
+	for query, want := range map[string]string{
+		"SHOW application_name":                               "from a test",
+		"SHOW listen_addresses":                               "",
+		"SHOW unix_socket_permissions":                        "0700",
+		"SHOW server_encoding":                                "UTF8",
+		"SELECT lower('ÄÖÉ')":                                 "äöé",
+		"SELECT current_database() || ' of ' || current_user": "rollcall of rollcall",
+	} {
+		if got := devQuery(t, d, query); got != want {
+			t.Errorf("%s: got %q, want %q", query, got, want)
+		}
+	}
+	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the folder: got %v, %v, want it closed to others", info.Mode(), err)
+	}
+	// Ctrl-C signals the process group of the terminal.
+	if pgid, err := syscall.Getpgid(d.server.cmd.Process.Pid); err != nil || pgid == syscall.Getpgrp() {
+		t.Errorf("the server is in our process group: %d, %v", pgid, err)
+	}
+
+	devQuery(t, d, "CREATE TABLE kept AS SELECT 'still here' AS word; SELECT word FROM kept")
+	stopDev(t, d)
+	stopDev(t, d)
+	d = startDev(t, dir)
+	if got := devQuery(t, d, "SELECT word FROM kept"); got != "still here" {
+		t.Errorf("after a restart: got %q", got)
+	}
+	stopDev(t, d)
+}
+
+func TestDevDatabaseInUse(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	inUse := fmt.Sprintf("the private PostgreSQL in %s: another rollcall uses this folder", dir)
+	var (
+		wg      sync.WaitGroup
+		started = make([]*devDatabase, 4)
+		errs    = make([]error, len(started))
+	)
+	for i := range started {
+		wg.Go(func() { started[i], errs[i] = startDevDatabase(t.Context(), dir, "fsync=off") })
+	}
+	wg.Wait()
+	var winner *devDatabase
+	for i, d := range started {
+		switch {
+		case d != nil && winner != nil:
+			t.Error("two have started")
+			stopDev(t, d)
+		case d != nil:
+			winner = d
+		case !strings.HasPrefix(errs[i].Error(), inUse):
+			t.Error(errs[i])
+		}
+	}
+	if winner == nil {
+		t.Fatal("none has started")
+	}
+	_, err := startDevDatabase(t.Context(), dir)
+	if want := fmt.Sprintf("%s (process %d): ", inUse, os.Getpid()); err == nil || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("one more: got %v, want %s", err, want)
+	}
+	if got := devQuery(t, winner, "SELECT 'unharmed'"); got != "unharmed" {
+		t.Errorf("the winner after that: got %q", got)
+	}
+	stopDev(t, winner)
+}
+
+// A killed server leaves its pid file and its socket. Once the pid belongs to some
+// other process of the same user, PostgreSQL alone would refuse to start.
+func TestDevDatabaseAfterServerWasKilled(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	d := startDev(t, dir)
+	devQuery(t, d, "CREATE TABLE kept AS SELECT 'recovered' AS word; SELECT word FROM kept")
+	d.server.cmd.Process.Kill()
+	<-d.exited()
+	if err := d.stop(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("stop: got %v, want to hear that it was killed", err)
+	}
+	assertNoServer(t, dir)
+
+	other := exec.Command("sleep", "600")
+	other.SysProcAttr = &syscall.SysProcAttr{Credential: d.account}
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer other.Wait()
+	defer other.Process.Kill()
+	pidFile := filepath.Join(dir, "data", "postmaster.pid")
+	stale, err := os.ReadFile(pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(stale), "\n")
+	if err := os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n%s", other.Process.Pid, rest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(d.sockets, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(d.sockets, ".s.PGSQL.5432.lock"), fmt.Appendf(nil, "%d\n%s", other.Process.Pid, rest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	d = startDev(t, dir)
+	if got := devQuery(t, d, "SELECT word FROM kept"); got != "recovered" {
+		t.Errorf("got %q", got)
+	}
+	stopDev(t, d)
+}
+
+func TestDevDatabaseDiesWithItsParent(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux tells a process that its parent has died")
+	}
+	t.Parallel()
+	dir := t.TempDir()
+	parent := exec.Command(os.Args[0])
+	parent.Env = append(os.Environ(), devHelperVar+"="+dir)
+	out, err := parent.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := parent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer parent.Process.Kill()
+	if line, _ := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+		t.Fatalf("the helper says %q", line)
+	}
+	_, err = startDevDatabase(t.Context(), dir)
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("(process %d)", parent.Process.Pid)) {
+		t.Errorf("while it runs: got %v, want its pid, %d", err, parent.Process.Pid)
+	}
+
+	parent.Process.Kill()
+	parent.Wait()
+	stopDev(t, startDev(t, dir)) // it waits for the old server, which therefore ends
+}
+
+func TestDevDatabaseFolders(t *testing.T) {
+	t.Parallel()
+	for name, folder := range map[string]string{
+		"short": `it's "100%s\ $HOME`,
+		"long":  strings.Repeat("one, very long/", 20),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := startDev(t, filepath.Join(t.TempDir(), folder))
+			if got := devQuery(t, d, "SELECT 'reached'"); got != "reached" {
+				t.Errorf("got %q", got)
+			}
+			stopDev(t, d)
+		})
+	}
+}
+
+// Root starts PostgreSQL as another user, the owner of the folder, who can't enter
+// the folders around it. As root, the other tests see that too, with the user
+// postgres: t.TempDir is closed to others.
+func TestDevDatabaseAsRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	t.Parallel()
+	nobody, err := osuser.Lookup("nobody")
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, err := strconv.Atoi(nobody.Uid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	around := filepath.Join(t.TempDir(), "closed")
+	dir := filepath.Join(around, ".dev")
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.Chown(dir, uid, -1)); err != nil {
+		t.Fatal(err)
+	}
+	d := startDev(t, dir)
+	for name, want := range map[string]int{around: 0, dir: uid, filepath.Join(dir, "data"): uid} {
+		info, err := os.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := info.Sys().(*syscall.Stat_t).Uid; int(got) != want || info.Mode().Perm() != 0o700 {
+			t.Errorf("%s: got %v of user %d, want it closed, of user %d", name, info.Mode(), got, want)
+		}
+	}
+	stopDev(t, d)
+}
+
+func TestDevDatabaseOfOtherVersion(t *testing.T) {
+	t.Parallel()
+	for version, want := range map[string]string{
+		"13": "the data was made by PostgreSQL 13, and rollcall needs 14 or newer: move the folder away",
+		"99": "the data was made by PostgreSQL 99, and PostgreSQL ",
+	} {
+		dir := t.TempDir()
+		if err := os.Mkdir(filepath.Join(dir, "data"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "data", "PG_VERSION"), []byte(version+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := startDevDatabase(t.Context(), dir)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("data of version %s: got %v, want %s", version, err, want)
+		}
+	}
+}
+
+func TestDevDatabaseInterrupted(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, sign := range []string{"data.new/PG_VERSION", "run"} { // of initdb, and of the server
+		// What is left when even rollcall was killed during initdb.
+		halfMade := filepath.Join(dir, "data.new", "rubbish")
+		if err := os.MkdirAll(halfMade, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() {
+			// The delay makes the server too slow to be ready before it is cancelled.
+			_, err := startDevDatabase(ctx, dir, "fsync=off", "post_auth_delay=60")
+			ended <- err
+		}()
+		waitFor(t, sign, func() bool { return exists(filepath.Join(dir, sign)) })
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("cancelled at %s: got %v, want %v", sign, err, context.Canceled)
+		}
+		assertNoServer(t, dir)
+		if exists(halfMade) {
+			t.Error("what was half made is still there")
+		}
+	}
+	stopDev(t, startDev(t, dir))
+}
+
+func TestDevDatabaseThatFails(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	_, err := startDevDatabase(t.Context(), dir, "no_such_setting=1")
+	for _, want := range []string{"exit status 1", "postgres.log", `unrecognized configuration parameter "no_such_setting"`} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %s", err, want)
+		}
+	}
+	assertNoServer(t, dir)
+}
+
+// Not parallel: a program that was just written can't be started ("text file busy")
+// while a child of another test, just forked, has it open for writing as well.
+func TestFindPrograms(t *testing.T) {
+	fake := func(version string) string {
+		dir := t.TempDir()
+		script := fmt.Sprintf("#!/bin/sh\necho 'postgres (PostgreSQL) %s (Debian)'\n", version)
+		for _, name := range []string{"postgres", "initdb"} {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return dir
+	}
+	v13, v14, v17, v17too, v9 := fake("13.4"), fake("14beta1"), fake("17.2"), fake("17.0"), fake("9.6.1")
+	empty := t.TempDir()
+	for _, test := range []struct {
+		name    string
+		folders []string
+		want    int
+		found   string
+		err     string
+	}{
+		{"the newest", []string{empty, v14, v17, v13}, 0, v17, ""},
+		{"the first of the newest", []string{v14, v17, v17too}, 0, v17, ""},
+		{"that of the data", []string{v17, v14}, 14, v14, ""},
+		{"not that of the data", []string{v13, v17, v14}, 15, "", "made by PostgreSQL 15, and PostgreSQL 17 is installed: install version 15 too"},
+		{"data too old", []string{v13, v17}, 13, "", "made by PostgreSQL 13, and rollcall needs 14"},
+		{"too old", []string{v9, v13}, 0, "", "PostgreSQL 13 is too old: install version 14"},
+		{"none", []string{empty, "", "no/such"}, 0, "", "install the package postgresql"},
+	} {
+		found, err := findPrograms(test.folders, test.want)
+		if found != test.found || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+			t.Errorf("%s: got %q, %v, want %q, %s", test.name, found, err, test.found, test.err)
+		}
+	}
+}
+
+func TestDevSecret(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), ".dev")
+	var wg sync.WaitGroup
+	secrets := make([]string, 8)
+	for i := range secrets { // all at once: they have to agree
+		wg.Go(func() {
+			secret, err := devSecret(dir)
+			if err != nil {
+				t.Error(err)
+			}
+			secrets[i] = secret
+		})
+	}
+	wg.Wait()
+	for _, s := range secrets {
+		if len(s) < 32 || s != secrets[0] {
+			t.Fatalf("got %q, want one secret of 32 bytes or more", secrets)
+		}
+	}
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) != 1 {
+		t.Errorf("got %v, %v, want no file but the secret", files, err)
+	}
+	if info, err := os.Stat(filepath.Join(dir, "jwt_secret")); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the file: %v, %v, want it readable for its owner alone", info.Mode(), err)
+	}
+	if other, _ := devSecret(t.TempDir()); other == secrets[0] {
+		t.Error("another folder has the same secret")
+	}
+}

@@ -1,0 +1,291 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// What the tests stand on: one real PostgreSQL for all of them, a schema of
+// its own for each, and the real program behind a real port.
+
+// patience is how long a test waits for what has to happen.
+const patience = 30 * time.Second
+
+// testDatabase is the PostgreSQL of this test run.
+var testDatabase *devDatabase
+
+func TestMain(m *testing.M) {
+	if os.Getenv("ROLLCALL_TEST_MAIN") != "" { // a test runs this binary as the program
+		main()
+		return
+	}
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "rollcall-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	// The data is thrown away, so it need not survive a crash of the machine.
+	testDatabase, err = startDevDatabase(context.Background(), dir,
+		"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=400")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer testDatabase.stop()
+	return m.Run()
+}
+
+var schemas atomic.Int64
+
+// newSchema makes an empty schema and returns a connection string that puts
+// all tables there, with a pool for the test itself. Both go with the test.
+func newSchema(t testing.TB) (databaseURL string, db *sql.DB) {
+	t.Helper()
+	schema := fmt.Sprintf("test_%d", schemas.Add(1))
+	databaseURL = testDatabase.url() + " search_path=" + schema
+	db, err := sql.Open("postgres", databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustExec(t, db, "CREATE SCHEMA "+schema)
+	t.Cleanup(func() {
+		mustExec(t, db, "DROP SCHEMA "+schema+" CASCADE")
+		db.Close()
+	})
+	return databaseURL, db
+}
+
+func mustExec(t testing.TB, db *sql.DB, text string, args ...any) {
+	t.Helper()
+	if _, err := db.Exec(text, args...); err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+}
+
+// A service is a running rollcall.
+type service struct {
+	t    testing.TB
+	url  string // http://127.0.0.1:port
+	db   *sql.DB
+	log  *syncBuffer
+	stop context.CancelFunc
+	done chan error // what run returned
+}
+
+// testEnv is the least that a service needs, changed by env, "NAME=value" each.
+func testEnv(databaseURL string, env ...string) map[string]string {
+	vars := map[string]string{"DATABASE_URL": databaseURL, "HOST": "127.0.0.1", "PORT": "0", "AUTH": "off"}
+	for _, v := range env {
+		name, value, _ := strings.Cut(v, "=")
+		vars[name] = value
+	}
+	return vars
+}
+
+// newService runs the program on a schema of its own until the test ends.
+func newService(t testing.TB, env ...string) *service {
+	t.Helper()
+	databaseURL, db := newSchema(t)
+	s := startService(t, testEnv(databaseURL, env...))
+	s.db = db
+	s.waitReady()
+	return s
+}
+
+// startService runs the program with these variables until the test ends, and
+// returns when it listens.
+func startService(t testing.TB, env map[string]string) *service {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &service{t: t, log: new(syncBuffer), stop: cancel, done: make(chan error, 1)}
+	env = maps.Clone(env)
+	go func() {
+		s.done <- run(ctx, nil, func(name string) string { return env[name] }, io.Discard, s.log)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case <-s.done:
+		case <-time.After(patience):
+			t.Error("the service does not stop")
+		}
+		if t.Failed() {
+			for line := range strings.Lines(s.log.String()) {
+				if !strings.Contains(line, `"msg":"request"`) || strings.Contains(line, `"error":`) {
+					t.Log(strings.TrimSpace(line))
+				}
+			}
+		}
+	})
+	scheme := "http"
+	if env["TLS_CERT_FILE"] != "" {
+		scheme = "https"
+	}
+	s.url = scheme + "://" + s.waitLog("listening")["address"].(string)
+	return s
+}
+
+// waitLog waits for a line of the log with this message and returns it.
+func (s *service) waitLog(message string) map[string]any {
+	s.t.Helper()
+	var found map[string]any
+	waitFor(s.t, "the log to say "+message, func() bool {
+		for _, line := range s.logged() {
+			if line["msg"] == message {
+				found = line
+				return true
+			}
+		}
+		select {
+		case err := <-s.done:
+			s.done <- err
+			s.t.Fatalf("the service ended before it logged %q: %v\n%s", message, err, s.log)
+		default:
+		}
+		return false
+	})
+	return found
+}
+
+// logged returns the lines of the log so far.
+func (s *service) logged() (lines []map[string]any) {
+	for line := range strings.Lines(s.log.String()) {
+		var fields map[string]any
+		if json.Unmarshal([]byte(line), &fields) == nil {
+			lines = append(lines, fields)
+		}
+	}
+	return lines
+}
+
+func (s *service) waitReady() {
+	s.t.Helper()
+	s.waitLog("ready")
+}
+
+// An answer is what came back.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// user returns the body as a user.
+func (a answer) user(t testing.TB) (u map[string]string) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(a.body), &u); err != nil || a.status != 200 {
+		t.Fatalf("not a user: %d %s", a.status, a.body)
+	}
+	return u
+}
+
+// users returns the body as a list of users.
+func (a answer) users(t testing.TB) (list []map[string]string) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(a.body), &list); err != nil || a.status != 200 || list == nil {
+		t.Fatalf("not a list: %d %s", a.status, a.body)
+	}
+	return list
+}
+
+// client keeps what the service sends as it is.
+var client = &http.Client{
+	Timeout: patience,
+	Transport: &http.Transport{
+		DisableCompression:  true,
+		MaxIdleConnsPerHost: 300,
+	},
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
+// call sends a request with further header fields, "Name: value" each. A body
+// goes out as application/json if they don't say otherwise.
+func (s *service) call(method, path, body string, fields ...string) answer {
+	s.t.Helper()
+	a, err := s.try(method, path, body, fields...)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return a
+}
+
+// try is call for goroutines, and for when it may fail.
+func (s *service) try(method, path, body string, fields ...string) (answer, error) {
+	var reader io.Reader
+	if body != "" {
+		reader = strings.NewReader(body)
+	}
+	req, err := http.NewRequest(method, s.url+path, reader)
+	if err != nil {
+		return answer{}, err
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	replaced := make(map[string]bool)
+	for _, field := range fields {
+		name, value, _ := strings.Cut(field, ":")
+		name = http.CanonicalHeaderKey(name)
+		if !replaced[name] {
+			req.Header.Del(name)
+		}
+		replaced[name] = true
+		if value = strings.TrimSpace(value); value != "" {
+			req.Header.Add(name, value)
+		}
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	content, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, string(content)}, err
+}
+
+// waitFor waits until a condition holds.
+func waitFor(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited %v for %s", patience, what)
+		}
+		time.Sleep(2 * time.Millisecond) // between two looks at the condition
+	}
+}
+
+// A syncBuffer is a bytes.Buffer for several goroutines.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}

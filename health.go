@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+// health answers those who decide whether this process gets traffic, or lives on.
+type health struct {
+	store    *store
+	draining atomic.Bool // set once the service is to stop
+}
+
+// live answers GET /health: the process is up. It touches nothing else, since
+// whoever asks restarts a process that does not answer, and a restart heals no
+// database.
+func (h *health) live(w http.ResponseWriter, r *http.Request) error {
+	writeBody(w, http.StatusOK, "text/plain; charset=utf-8", []byte("OK"))
+	return nil
+}
+
+// ready answers GET /health/ready: send me requests, or rather not.
+func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
+	unready := func(message string, cause error) error {
+		return &failure{kind: kindUnavailable, message: message, cause: cause}
+	}
+	switch {
+	case h.draining.Load():
+		return unready("The service is stopping", nil)
+	case !h.store.started.Load():
+		return unready("The service is starting", nil)
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
+	defer cancel()
+	if err := h.store.ping(ctx); err != nil {
+		return unready("PostgreSQL does not answer", err)
+	}
+	writeBody(w, http.StatusOK, "application/json", []byte(`{"status":"ready"}`))
+	return nil
+}
+
+// checkHealth asks the service of this configuration, on this host, whether it
+// is ready. It is the healthcheck command, for containers without curl.
+func checkHealth(ctx context.Context, cfg config) error {
+	if cfg.port == 0 {
+		return usageError("healthcheck: with PORT=0 the service takes any free port; set PORT to the one that it logs")
+	}
+	host, scheme := cfg.host, "http"
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() { // 0.0.0.0 and :: listen everywhere
+		host = "127.0.0.1"
+		if ip.To4() == nil {
+			host = "::1"
+		}
+	}
+	if cfg.tlsCertFile != "" {
+		scheme = "https"
+	}
+	url := scheme + "://" + net.JoinHostPort(host, strconv.Itoa(cfg.port)) + "/health/ready"
+	client := http.Client{
+		Timeout: 5 * time.Second,
+		Transport: &http.Transport{
+			Proxy: nil, // the service is on this host
+			// The certificate names the service, not the loopback address. Nothing
+			// secret is sent, and who could answer in its place has this host already.
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+		},
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s", url, resp.Status)
+	}
+	return nil
+}

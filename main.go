@@ -1,0 +1,340 @@
+// Rollcall is a users service: a REST API over one table of PostgreSQL.
+//
+//	GET    /health               the process is up
+//	GET    /health/ready         it can serve: 200, or 503 and why not
+//	POST   /api/v1/users         create a user
+//	GET    /api/v1/users         list them, newest first; ?limit= ?offset= ?cursor= ?email=
+//	GET    /api/v1/users/{id}    one user
+//	PUT    /api/v1/users/{id}    change what is given; PATCH does the same
+//	DELETE /api/v1/users/{id}    delete
+//
+// To try it, with nothing configured and a private PostgreSQL of its own:
+//
+//	make run
+//
+// Start reading here; README.md has a map of the other files.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	signal.Ignore(syscall.SIGPIPE) // a log that nobody reads any more must not end the service
+	ctx, stop := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		stop(fmt.Errorf("signal: %v", <-signals))
+		<-signals // who asks twice does not want to wait
+		os.Exit(1)
+	}()
+
+	getenv, err := withDotenv(os.Getenv, ".env")
+	if err != nil {
+		err = usageError(err.Error())
+	} else {
+		err = run(ctx, os.Args[1:], getenv, os.Stdout, os.Stderr)
+	}
+	var usage usageError
+	switch {
+	case err == nil:
+	case errors.As(err, &usage):
+		fmt.Fprintf(os.Stderr, "rollcall: %v\n", err)
+		os.Exit(2)
+	default:
+		fmt.Fprintf(os.Stderr, "rollcall: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// A usageError is bad configuration or a bad command line: exit code 2, since
+// no other try will do better.
+type usageError string
+
+func (e usageError) Error() string { return string(e) }
+
+const usage = `rollcall is a users service: a REST API over one table of PostgreSQL.
+
+  rollcall               serve, as the environment and .env say
+  rollcall -dev          serve with nothing configured, on a private PostgreSQL in ./.dev
+  rollcall token -sub NAME [-ttl 1h] [-scope "users:read users:write"]
+                         print a token signed with JWT_SECRET
+  rollcall healthcheck   exit 0 if the service on this host is ready
+  rollcall version       print the version
+
+`
+
+// run is the program: everything from outside comes in as an argument, so that
+// a test can be the outside. It returns nil after a clean stop, a [usageError]
+// for what the caller has to mend, and any other error for failures at run time.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("rollcall", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // errors are returned, not printed here
+	dev := flags.Bool("dev", false, "")
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage, variablesHelp())
+		return nil
+	case err != nil:
+		return usageError(err.Error() + "; rollcall -h shows what there is")
+	}
+	switch command := flags.Arg(0); {
+	case *dev && flags.NArg() > 0:
+		return usageError("-dev goes with no command")
+	case command == "":
+		return serve(ctx, *dev, getenv, stdout, stderr)
+	case command == "token":
+		return printToken(flags.Args()[1:], getenv, stdout)
+	case flags.NArg() > 1:
+		return usageError(fmt.Sprintf("%s takes no arguments", command))
+	case command == "healthcheck":
+		cfg, err := loadConfig(getenv, false)
+		if err != nil {
+			return usageError(err.Error())
+		}
+		return checkHealth(ctx, cfg)
+	case command == "version":
+		fmt.Fprintln(stdout, "rollcall", buildVersion())
+		return nil
+	default:
+		return usageError(fmt.Sprintf("no command %q; rollcall -h shows what there is", command))
+	}
+}
+
+// newHandler is the whole service on one screen: its routes, and what wraps
+// them (middleware.go says why in this order).
+func newHandler(cfg config, s *store, h *health, log *slog.Logger) http.Handler {
+	u := users{s}
+
+	api := http.NewServeMux() // behind a token, unless AUTH=off
+	api.Handle("POST   /api/v1/users", handlerFunc(u.create))
+	api.Handle("GET    /api/v1/users", handlerFunc(u.list))
+	api.Handle("GET    /api/v1/users/{id}", handlerFunc(u.get))
+	api.Handle("PUT    /api/v1/users/{id}", handlerFunc(u.update))
+	api.Handle("PATCH  /api/v1/users/{id}", handlerFunc(u.update))
+	api.Handle("DELETE /api/v1/users/{id}", handlerFunc(u.delete))
+	api.Handle("/api/v1/users", otherMethods("GET, HEAD, POST, OPTIONS"))
+	api.Handle("/api/v1/users/{id}", otherMethods("GET, HEAD, PUT, PATCH, DELETE, OPTIONS"))
+	api.Handle("/", handlerFunc(notFound))
+
+	open := http.NewServeMux() // for everybody
+	open.Handle("GET /health", handlerFunc(h.live))
+	open.Handle("GET /health/ready", handlerFunc(h.ready))
+	open.Handle("/health", otherMethods("GET, HEAD, OPTIONS"))
+	open.Handle("/health/ready", otherMethods("GET, HEAD, OPTIONS"))
+	open.Handle("/", handlerFunc(notFound))
+
+	guarded := compress(exactPath(api))
+	guarded = limitBody(cfg.maxBodyBytes, guarded)
+	if !cfg.authOff {
+		guarded = requireAuth(newVerifier(cfg.keys, cfg.issuer, cfg.audience), guarded)
+	}
+	guarded = deadline(cfg.requestTimeout, guarded)
+	guarded = limitInFlight(cfg.maxInFlight, guarded)
+	guarded = whenStarted(s, guarded)
+
+	root := cors(cfg.corsOrigins, split("/api/", guarded, exactPath(open)))
+	return observe(log, recoverPanics(log, root))
+}
+
+// split sends the paths below prefix to one handler and all others to another.
+func split(prefix string, below, others http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, prefix) {
+			below.ServeHTTP(w, r)
+		} else {
+			others.ServeHTTP(w, r)
+		}
+	})
+}
+
+func notFound(http.ResponseWriter, *http.Request) error { return errNotFound }
+
+// otherMethods answers for a path whose methods have handlers of their own:
+// OPTIONS with Allow, whatever else with 405 and Allow.
+func otherMethods(allow string) handlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if r.Method != http.MethodOptions {
+			return &failure{kind: kindMethod, header: http.Header{"Allow": {allow}}}
+		}
+		w.Header().Set("Allow", allow)
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	}
+}
+
+// serve runs the service until ctx ends, then lets what runs finish.
+func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, stderr io.Writer) (err error) {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	var private *devDatabase
+	if dev {
+		if private, getenv, err = prepareDev(ctx, getenv, stderr); err != nil {
+			return err
+		}
+		if private != nil {
+			defer func() { err = errors.Join(err, private.stop()) }()
+		}
+	}
+	cfg, err := loadConfig(getenv, dev)
+	if err != nil {
+		return usageError(err.Error())
+	}
+	log := newLogger(cfg, stderr)
+	s, err := openStore(cfg, log)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+
+	// Listen first: a port that is taken is an error at once, and whoever
+	// connects from now on is served, if only to be told to wait.
+	listener, err := net.Listen("tcp", cfg.listenAddr())
+	if err != nil {
+		return err
+	}
+	h := &health{store: s}
+	server := &http.Server{
+		Handler:           newHandler(cfg, s, h, log),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5*time.Second + cfg.requestTimeout,  // headers, then the body
+		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the answer
+		IdleTimeout:       120 * time.Second,
+		MaxHeaderBytes:    32 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
+	}
+	if cfg.tlsCertFile != "" {
+		cert, err := loadCertificate(cfg.tlsCertFile, cfg.tlsKeyFile, log)
+		if err != nil {
+			return err
+		}
+		server.TLSConfig = &tls.Config{GetCertificate: cert.get}
+	}
+	ended := make(chan error, 2)
+	go func() { ended <- listen(server, listener) }()
+	go func() {
+		if err := s.start(ctx); err != nil {
+			if ctx.Err() == nil { // else it only did as it was told
+				ended <- err
+			}
+			return
+		}
+		log.Info("ready")
+		if dev {
+			greet(stdout, cfg, listener.Addr())
+		}
+	}()
+	log.Info("listening", "address", listener.Addr().String(), "tls", cfg.tlsCertFile != "", "version", buildVersion())
+	if cfg.authOff {
+		log.Warn("AUTH=off: the API is open to everybody who can reach this address")
+	}
+
+	var died <-chan struct{}
+	if private != nil {
+		died = private.exited()
+	}
+	select {
+	case err := <-ended:
+		server.Close()
+		return err
+	case <-died:
+		server.Close()
+		return errors.New("the private PostgreSQL has ended; .dev/postgres.log tells why")
+	case <-ctx.Done():
+	}
+	log.Info("stopping", "cause", context.Cause(ctx).Error(), "patience", cfg.shutdownTimeout.String())
+	h.draining.Store(true)
+	patience, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	defer cancel()
+	if err := server.Shutdown(patience); err != nil {
+		server.Close()
+		return fmt.Errorf("requests were cut off after SHUTDOWN_TIMEOUT (%v)", cfg.shutdownTimeout)
+	}
+	log.Info("stopped")
+	return nil
+}
+
+// listen serves until the listener is closed. That is no error.
+func listen(server *http.Server, listener net.Listener) error {
+	var err error
+	if server.TLSConfig != nil {
+		err = server.ServeTLS(listener, "", "")
+	} else {
+		err = server.Serve(listener)
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// printToken is the token command.
+func printToken(args []string, getenv func(string) string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("rollcall token", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	sub := flags.String("sub", "", "")
+	ttl := flags.Duration("ttl", time.Hour, "")
+	scope := flags.String("scope", "", "")
+	var secret config
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		return nil
+	case err != nil:
+		return usageError("token: " + err.Error())
+	case flags.NArg() > 0:
+		return usageError(fmt.Sprintf("token: %q is no flag", flags.Arg(0)))
+	case *sub == "":
+		return usageError("token: -sub is missing: whose token is it?")
+	case *ttl < time.Second:
+		return usageError("token: -ttl must be a second or more")
+	case getenv("JWT_SECRET") == "":
+		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
+	}
+	if err := secret.setSecret(getenv("JWT_SECRET")); err != nil {
+		return usageError("JWT_SECRET: " + err.Error())
+	}
+	_, err := fmt.Fprintln(stdout, mintToken(secret.jwtSecret, grant{subject: *sub, ttl: *ttl, scope: *scope,
+		issuer: getenv("JWT_ISSUER"), audience: getenv("JWT_AUDIENCE")}, time.Now()))
+	return err
+}
+
+// newLogger returns the log that cfg asks for.
+func newLogger(cfg config, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.logFormat == "text" {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// buildVersion tells which source the program was built from, as far as the
+// build information knows.
+func buildVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version // of the module; with git, derived from the commit
+	if v == "" {
+		v = "(devel)"
+	}
+	return v + " " + info.GoVersion
+}

@@ -1,0 +1,382 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The program from outside: command line, exit codes, signals.
+
+// A process is the program as a process of its own.
+type process struct {
+	t              testing.TB
+	cmd            *exec.Cmd
+	stdout, stderr *syncBuffer
+	url            string
+}
+
+// startProcess runs the program in dir with these variables and no others.
+func startProcess(t testing.TB, dir string, env map[string]string, args ...string) *process {
+	t.Helper()
+	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), stdout: new(syncBuffer), stderr: new(syncBuffer)}
+	p.cmd.Dir, p.cmd.Stdout, p.cmd.Stderr = dir, p.stdout, p.stderr
+	p.cmd.Env = []string{"ROLLCALL_TEST_MAIN=1", "PATH=" + os.Getenv("PATH")}
+	for name, value := range env {
+		p.cmd.Env = append(p.cmd.Env, name+"="+value)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if p.cmd.ProcessState == nil {
+			p.cmd.Process.Kill()
+			p.cmd.Wait()
+		}
+		if t.Failed() {
+			t.Logf("stdout:\n%s\nstderr:\n%s", p.stdout, p.stderr)
+		}
+	})
+	return p
+}
+
+// exit waits for the end and returns the exit code.
+func (p *process) exit() int {
+	p.t.Helper()
+	ended := time.AfterFunc(patience, func() { p.cmd.Process.Kill() })
+	defer ended.Stop()
+	p.cmd.Wait()
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// waitReady waits for the log to say so, and takes the address from it.
+func (p *process) waitReady() {
+	p.t.Helper()
+	address := regexp.MustCompile(`"msg":"listening","address":"([^"]*)"`)
+	waitFor(p.t, "the program to be ready", func() bool { return strings.Contains(p.stderr.String(), `"msg":"ready"`) })
+	p.url = "http://" + address.FindStringSubmatch(p.stderr.String())[1]
+}
+
+func TestExitCodes(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { taken.Close() }) // after the parallel subtests
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	const secret = "0123456789abcdef0123456789abcdef"
+	for _, test := range []struct {
+		name   string
+		args   string
+		env    map[string]string
+		code   int
+		stdout string // regular expressions
+		stderr string
+	}{
+		{"version", "version", nil, 0, `^rollcall \S+ go1\.`, `^$`},
+		{"help", "-h", nil, 0, `(?s)rollcall -dev.*DATABASE_URL.*TLS_KEY_FILE`, `^$`},
+		{"nothing configured", "", nil, 2, `^$`, `(?s)DATABASE_URL: not set.*AUTH: "jwt" needs a key`},
+		{"two mistakes at once", "", map[string]string{"PORT": "x", "LOG_LEVEL": "loud"}, 2, `^$`, `(?s)PORT: "x".*LOG_LEVEL: "loud"`},
+		{"unknown command", "serve", nil, 2, `^$`, `no command "serve"`},
+		{"unknown flag", "-x", nil, 2, `^$`, `-x`},
+		{"an argument too many", "version x", nil, 2, `^$`, `version takes no arguments`},
+		{"-dev with a command", "-dev version", nil, 2, `^$`, `-dev goes with no command`},
+		{"port taken", "", testEnv(testDatabase.url(), "PORT="+port), 1, `^$`, `address already in use`},
+		{"token", "token -sub alice", map[string]string{"JWT_SECRET": secret}, 0, `^eyJ[\w-]+\.[\w-]+\.[\w-]+\n$`, `^$`},
+		{"token without secret", "token -sub alice", nil, 2, `^$`, `JWT_SECRET is not set`},
+		{"token with a short secret", "token -sub alice", map[string]string{"JWT_SECRET": "tooshort"}, 2, `^$`, `JWT_SECRET: .*32`},
+		{"token for nobody", "token", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-sub is missing`},
+		{"token that never lived", "token -sub a -ttl -1h", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-ttl must be`},
+		{"token with a stray word", "token -sub a b", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `"b" is no flag`},
+		{"healthcheck of nothing", "healthcheck", testEnv("dbname=x", "PORT=1"), 1, `^$`, `refused`},
+		{"healthcheck of any port", "healthcheck", testEnv("dbname=x"), 2, `^$`, `PORT=0`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t, t.TempDir(), test.env, strings.Fields(test.args)...)
+			if code := p.exit(); code != test.code {
+				t.Errorf("exit code %d, want %d", code, test.code)
+			}
+			for _, out := range []struct{ got, want string }{{p.stdout.String(), test.stdout}, {p.stderr.String(), test.stderr}} {
+				if !regexp.MustCompile(out.want).MatchString(out.got) {
+					t.Errorf("got %q\nwant %s", out.got, out.want)
+				}
+			}
+			if strings.Contains(p.stderr.String(), "tooshort") {
+				t.Error("a secret was printed")
+			}
+		})
+	}
+}
+
+func TestDotenvIsRead(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(dir+"/.env", []byte("PORT=x\nLOG_LEVEL=loud\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := startProcess(t, dir, map[string]string{"LOG_LEVEL": "info"})
+	if code := p.exit(); code != 2 || !strings.Contains(p.stderr.String(), `PORT: "x"`) || strings.Contains(p.stderr.String(), "loud") {
+		t.Errorf("exit code %d: %s", code, p.stderr)
+	}
+}
+
+// A signal in the middle of a request: it finishes, nobody new gets in, exit 0.
+func TestStopWithRequestInFlight(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p, unlock, answered := processWithRequest(t)
+			p.cmd.Process.Signal(sig)
+			waitFor(t, "the listener to close", func() bool {
+				c, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+				if err == nil {
+					c.Close()
+				}
+				return err != nil
+			})
+			unlock()
+			if a := <-answered; a.err != nil || a.status != 200 || !strings.Contains(a.body, `"name":"changed"`) {
+				t.Errorf("the request in flight: %+v", a)
+			}
+			if code := p.exit(); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+			if !strings.Contains(p.stderr.String(), `"msg":"stopped"`) {
+				t.Error("the log does not end with stopped")
+			}
+		})
+	}
+}
+
+func TestStopRunsOutOfTime(t *testing.T) {
+	t.Parallel()
+	p, _, answered := processWithRequest(t, "SHUTDOWN_TIMEOUT=100ms")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.exit(); code != 1 || !strings.Contains(p.stderr.String(), "SHUTDOWN_TIMEOUT") {
+		t.Errorf("exit code %d", code)
+	}
+	if a := <-answered; a.err == nil {
+		t.Errorf("the request was answered with %d", a.status)
+	}
+}
+
+func TestSecondSignal(t *testing.T) {
+	t.Parallel()
+	p, _, answered := processWithRequest(t, "SHUTDOWN_TIMEOUT=1h", "REQUEST_TIMEOUT=1h")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	waitFor(t, "the stop to begin", func() bool { return strings.Contains(p.stderr.String(), `"msg":"stopping"`) })
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.exit(); code != 1 {
+		t.Errorf("exit code %d", code)
+	}
+	<-answered
+}
+
+type answerOrError struct {
+	answer
+	err error
+}
+
+// processWithRequest starts the program and a PUT that waits for a lock in the
+// database until unlock is called.
+func processWithRequest(t *testing.T, env ...string) (p *process, unlock func(), answered chan answerOrError) {
+	t.Helper()
+	databaseURL, db := newSchema(t)
+	p = startProcess(t, t.TempDir(), testEnv(databaseURL, env...))
+	p.waitReady()
+	s := &service{t: t, url: p.url}
+	path := newUser(s, "a@example.com").header.Get("Location")
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tx.Rollback() })
+	if _, err := tx.Exec("SELECT FROM users FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	answered = make(chan answerOrError, 1)
+	go func() {
+		a, err := s.try("PUT", path, `{"name":"changed"}`)
+		answered <- answerOrError{a, err}
+	}()
+	waitFor(t, "the request to wait for the lock", func() bool {
+		var waiting bool
+		err := db.QueryRow(`SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted AND $1::text IN
+			(SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid JOIN pg_locks h ON h.relation = c.oid WHERE h.pid = l.pid))`,
+			schemaOf(t, databaseURL)).Scan(&waiting)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return waiting
+	})
+	return p, func() { tx.Rollback() }, answered
+}
+
+func schemaOf(t *testing.T, databaseURL string) string {
+	_, schema, ok := strings.Cut(databaseURL, "search_path=")
+	if !ok {
+		t.Fatal("no search_path")
+	}
+	return schema
+}
+
+func TestHealthcheck(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(s.url, "http://"))
+	for _, host := range []string{"127.0.0.1", "0.0.0.0", "localhost"} {
+		env := testEnv("dbname=x", "HOST="+host, "PORT="+port)
+		if err := run(t.Context(), []string{"healthcheck"}, func(name string) string { return env[name] }, io.Discard, io.Discard); err != nil {
+			t.Errorf("HOST=%s: %v", host, err)
+		}
+	}
+	h := &health{store: new(store)}
+	h.draining.Store(true)
+	var f *failure
+	if err := h.ready(nil, nil); !errors.As(err, &f) || f.kind != kindUnavailable || f.message != "The service is stopping" {
+		t.Errorf("readiness while draining: %v", err)
+	}
+}
+
+func TestTLSService(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	certFile, keyFile := writeCertificate(t, dir, "rollcall.test")
+	databaseURL, _ := newSchema(t)
+	s := startService(t, testEnv(databaseURL, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile))
+	s.waitLog("ready")
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(s.url, "https://"))
+	env := testEnv("dbname=x", "PORT="+port, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile)
+	if err := run(t.Context(), []string{"healthcheck"}, func(name string) string { return env[name] }, io.Discard, io.Discard); err != nil {
+		t.Errorf("healthcheck: %v", err)
+	}
+	if resp, err := http.Get("http://127.0.0.1:" + port + "/health"); err == nil && resp.StatusCode == 200 {
+		t.Error("a service with TLS answers without")
+	}
+}
+
+// writeCertificate makes a certificate for a host, and returns its two files in dir.
+func writeCertificate(t *testing.T, dir, host string) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{host},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for name, block := range map[string]*pem.Block{
+		certFile: {Type: "CERTIFICATE", Bytes: cert},
+		keyFile:  {Type: "PRIVATE KEY", Bytes: pkcs8},
+	} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certFile, keyFile
+}
+
+// -dev from an empty folder: the printed lines work, Ctrl-C leaves nothing
+// behind, and the users and the token outlive the restart.
+func TestDev(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var token string
+	for round := range 2 {
+		p := startProcess(t, dir, map[string]string{"PORT": "0"}, "-dev")
+		p.waitReady()
+		waitFor(t, "the greeting", func() bool { return strings.Contains(p.stdout.String(), "Ctrl-C") })
+		line := regexp.MustCompile(`(?m)^curl -H 'Authorization: Bearer (\S+)' -H 'Content-Type: application/json' -d '(.*)' (\S+)$`).
+			FindStringSubmatch(p.stdout.String())
+		if line == nil {
+			t.Fatalf("no line to paste in:\n%s", p.stdout)
+		}
+		s := &service{t: t, url: p.url}
+		if line[3] != p.url+usersPath || !strings.HasPrefix(p.url, "http://127.0.0.1:") {
+			t.Errorf("the line goes to %s, the service is at %s", line[3], p.url)
+		}
+		if a := s.call("GET", usersPath, ""); a.status != 401 {
+			t.Errorf("without a token: %d", a.status)
+		}
+		if round == 0 {
+			token = line[1]
+			s.call("POST", usersPath, line[2], "Authorization: Bearer "+token).user(t)
+		} else if list := s.call("GET", usersPath, "", "Authorization: Bearer "+token).users(t); len(list) != 1 {
+			t.Errorf("after a restart: %v", list)
+		}
+		p.cmd.Process.Signal(os.Interrupt)
+		if code := p.exit(); code != 0 {
+			t.Errorf("exit code %d", code)
+		}
+		if _, err := os.Stat(dir + "/.dev/data/postmaster.pid"); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("PostgreSQL was not stopped: %v", err)
+		}
+	}
+}
+
+// What the environment sets wins over what -dev would make.
+func TestDevWithDatabase(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	dir := t.TempDir()
+	p := startProcess(t, dir, map[string]string{"PORT": "0", "DATABASE_URL": databaseURL, "AUTH": "off"}, "-dev")
+	p.waitReady()
+	newUser(&service{t: t, url: p.url}, "a@example.com")
+	if _, err := os.Stat(dir + "/.dev/data"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a private PostgreSQL was made all the same: %v", err)
+	}
+	waitFor(t, "the greeting", func() bool { return strings.Contains(p.stdout.String(), "Ctrl-C") })
+	if strings.Contains(p.stdout.String(), "Bearer") {
+		t.Errorf("a token with AUTH=off:\n%s", p.stdout)
+	}
+}
+
+// A start that is interrupted while it waits for PostgreSQL stops cleanly.
+func TestStopWhileStarting(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	log := new(syncBuffer)
+	env := testEnv(fmt.Sprintf("host=%s dbname=x user=x", t.TempDir()))
+	done := make(chan error, 1)
+	go func() {
+		done <- run(ctx, nil, func(name string) string { return env[name] }, io.Discard, log)
+	}()
+	waitFor(t, "the service to wait", func() bool { return strings.Contains(log.String(), "waiting for PostgreSQL") })
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Errorf("run returned %v", err)
+		}
+	case <-time.After(patience):
+		t.Error("run does not return")
+	}
+}

@@ -1,0 +1,319 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"path"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// What wraps every request. Each layer is a plain http.Handler around the next
+// one; newHandler in main.go puts them in this order, outermost first:
+//
+//	observe        first, so that every answer has an id and a line in the log
+//	recoverPanics  inside observe, which logs the 500; around all that may panic
+//	cors           outside auth and mux, or a preflight would be a 401 or a 405
+//
+// then, for the API alone, since health must answer whatever happens:
+//
+//	whenStarted    before anything is spent on a request that can't be served
+//	limitInFlight  as early: refusing has to stay cheap when there is too much
+//	deadline       once a request is let in, its time runs
+//	requireAuth    before the body is read, so that a stranger can't send one
+//	limitBody      just around those who read it
+//	compress       sees the answers of the handlers alone
+//
+// and around each mux:
+//
+//	exactPath      before the mux, which would redirect what this refuses
+
+// An exchange is what is known of one request and its answer, for the access
+// log. It is the http.ResponseWriter of all layers below observe.
+type exchange struct {
+	http.ResponseWriter
+	status  int    // 0 until it has been written
+	bytes   int64  // of the body
+	id      string // X-Request-Id
+	traceID string // of a W3C traceparent; empty without one
+	subject string // whose token it came with; empty without one
+	cause   error  // what went wrong, where the answer does not tell
+}
+
+func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
+
+func (x *exchange) WriteHeader(status int) {
+	if x.status == 0 && status >= 200 { // the 1xx are not the answer yet
+		x.status = status
+	}
+	x.ResponseWriter.WriteHeader(status)
+}
+
+func (x *exchange) Write(p []byte) (int, error) {
+	if x.status == 0 {
+		x.status = http.StatusOK
+	}
+	n, err := x.ResponseWriter.Write(p)
+	x.bytes += int64(n)
+	return n, err
+}
+
+type exchangeKey struct{}
+
+// exchangeOf returns the exchange that ctx belongs to. Where there is none,
+// what is written into the result is lost.
+func exchangeOf(ctx context.Context) *exchange {
+	if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
+		return x
+	}
+	return new(exchange)
+}
+
+// observe gives each request an id, and a line in the log when it is over.
+func observe(log *slog.Logger, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		x := &exchange{ResponseWriter: w, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
+		w.Header().Set("X-Request-Id", x.id)
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		defer logAccess(log, x, r, start) // deferred: an aborted answer is logged too
+		next.ServeHTTP(x, r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x)))
+	})
+}
+
+// logAccess writes the one line of a request, at a level that follows the
+// outcome. No query, no header and no body gets into it.
+func logAccess(log *slog.Logger, x *exchange, r *http.Request, start time.Time) {
+	level := slog.LevelInfo
+	switch {
+	case x.status >= 500 || x.status == 0:
+		level = slog.LevelError
+	case x.status >= 400:
+		level = slog.LevelWarn
+	}
+	if !log.Enabled(r.Context(), level) {
+		return
+	}
+	if r.Method == http.MethodHead {
+		x.bytes = 0 // net/http keeps the body to itself
+	}
+	attrs := make([]slog.Attr, 0, 10)
+	attrs = append(attrs,
+		slog.String("method", cut(r.Method, 32)),
+		slog.String("path", loggedPath(r.URL.Path)),
+		slog.Int("status", x.status),
+		slog.Float64("duration_ms", float64(time.Since(start).Microseconds())/1000),
+		slog.Int64("bytes", x.bytes),
+		slog.String("request_id", x.id),
+		slog.String("remote", r.RemoteAddr),
+	)
+	if x.subject != "" {
+		attrs = append(attrs, slog.String("sub", cut(mask(x.subject), 256)))
+	}
+	if x.traceID != "" {
+		attrs = append(attrs, slog.String("trace_id", x.traceID))
+	}
+	if x.cause != nil {
+		attrs = append(attrs, slog.String("error", x.cause.Error()))
+	}
+	log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// loggedPath returns path with every segment that may be an e-mail address
+// masked, cut at 256 bytes.
+func loggedPath(path string) string {
+	if strings.ContainsAny(path, "@%") { // %: an @ that was encoded twice
+		segments := strings.Split(path, "/")
+		for i, s := range segments {
+			segments[i] = mask(s)
+		}
+		path = strings.Join(segments, "/")
+	}
+	return cut(path, 256)
+}
+
+// mask returns s, or stars if it may hold an e-mail address.
+func mask(s string) string {
+	if strings.Contains(s, "@") || strings.Contains(s, "%40") {
+		return "***"
+	}
+	return s
+}
+
+// cut returns at most the first n bytes of s, and no part of a character.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}
+
+// requestID returns the caller's id if it is one that can go into a log and a
+// header as it is, else a new one.
+func requestID(given []string) string {
+	if len(given) == 1 && len(given[0]) >= 1 && len(given[0]) <= 128 &&
+		strings.IndexFunc(given[0], func(c rune) bool { return !isIDChar(c) }) < 0 {
+		return given[0]
+	}
+	return fmt.Sprintf("%016x%016x", rand.Uint64(), rand.Uint64()) // to tell requests apart, not a secret
+}
+
+func isIDChar(c rune) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("._~+/=:-", c)
+}
+
+// traceID returns the trace-id of a traceparent field, or "" if it is not one:
+// "00-<32 hex digits>-<16>-<2>", and more after that in versions above 00
+// (W3C Trace Context, section 3.2).
+func traceID(given []string) string {
+	if len(given) != 1 || len(given[0]) < 55 {
+		return ""
+	}
+	s := given[0]
+	version, id, parent, flags := s[:2], s[3:35], s[36:52], s[53:55]
+	for _, part := range []string{version, id, parent, flags} {
+		if strings.Trim(part, "0123456789abcdef") != "" {
+			return ""
+		}
+	}
+	if s[2] != '-' || s[35] != '-' || s[52] != '-' || version == "ff" ||
+		strings.Trim(id, "0") == "" || strings.Trim(parent, "0") == "" ||
+		len(s) > 55 && (version == "00" || s[55] != '-') {
+		return ""
+	}
+	return id
+}
+
+// recoverPanics turns a panic into a 500, its stack into the log. If a part of
+// the answer is out already, the connection is cut, so that the caller does
+// not take the part for the whole.
+func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			v := recover()
+			if v == nil {
+				return
+			}
+			if v == http.ErrAbortHandler { // somebody wants just that
+				panic(v)
+			}
+			x := exchangeOf(r.Context())
+			log.Error("panic", "value", fmt.Sprint(v), "request_id", x.id, "stack", string(debug.Stack()))
+			if x.status != 0 {
+				panic(http.ErrAbortHandler)
+			}
+			writeError(w, r, fmt.Errorf("panic: %v", v))
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// What cors lets scripts of other origins do (Fetch standard, section 3.2).
+const (
+	corsMethods = "GET, HEAD, POST, PUT, PATCH, DELETE"
+	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, X-Request-Id, Traceparent"
+	corsExposed = "ETag, Link, Location, Retry-After, X-Request-Id"
+)
+
+// cors lets browsers use the service from scripts of the given origins; nil
+// means all. Credentials are not a matter: tokens are sent by the script itself.
+func cors(origins []string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		allowed := true
+		if origins == nil {
+			h["Access-Control-Allow-Origin"] = []string{"*"}
+		} else {
+			h.Add("Vary", "Origin") // also without one: a cache must not mix the two
+			origin := r.Header["Origin"]
+			if allowed = len(origin) == 1 && slices.Contains(origins, origin[0]); allowed {
+				h["Access-Control-Allow-Origin"] = origin
+			}
+		}
+		preflight := r.Method == http.MethodOptions && r.Header["Origin"] != nil && r.Header["Access-Control-Request-Method"] != nil
+		switch {
+		case preflight && allowed:
+			h.Set("Access-Control-Allow-Methods", corsMethods)
+			h.Set("Access-Control-Allow-Headers", corsHeaders)
+			h.Set("Access-Control-Max-Age", "7200") // seconds; the longest that all browsers keep
+		case allowed:
+			h["Access-Control-Expose-Headers"] = []string{corsExposed}
+		}
+		if preflight {
+			w.WriteHeader(http.StatusNoContent)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// exactPath refuses the paths that ServeMux would redirect to a cleaner one,
+// such as //health or /api/../health: no client of ours sends them, and a
+// check that sees another path than the handler is a hole. It also answers
+// "OPTIONS *", which asks about the server as a whole (RFC 9110, section 9.3.7).
+func exactPath(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch p := r.URL.Path; {
+		case r.RequestURI == "*" && r.Method == http.MethodOptions:
+			w.Header().Set("Allow", corsMethods+", OPTIONS")
+			w.WriteHeader(http.StatusNoContent)
+		case p != "" && path.Clean(p) == p:
+			next.ServeHTTP(w, r)
+		default:
+			writeError(w, r, errNotFound)
+		}
+	})
+}
+
+// whenStarted refuses requests until the store is ready to serve them.
+func whenStarted(s *store, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !s.started.Load() {
+			writeError(w, r, &failure{kind: kindUnavailable, message: "The service is starting"})
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// limitInFlight refuses the requests beyond most at a time. To refuse at once
+// is kinder than a queue in which all wait until nobody can be served in time.
+func limitInFlight(most int, next http.Handler) http.Handler {
+	slots := make(chan struct{}, most)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+			next.ServeHTTP(w, r)
+		default:
+			writeError(w, r, &failure{kind: kindUnavailable, message: "Too many requests are being served"})
+		}
+	})
+}
+
+// deadline limits how long a request may take, down to its SQL: what is still
+// running then is cancelled, and the answer is 503.
+func deadline(limit time.Duration, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), limit)
+		defer cancel()
+		next.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+// limitBody makes reading more than most bytes of a body an error.
+func limitBody(most int64, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = http.MaxBytesReader(w, r.Body, most)
+		next.ServeHTTP(w, r)
+	})
+}

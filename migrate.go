@@ -1,0 +1,171 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/lib/pq"
+)
+
+//go:embed schema.sql
+var schemaSQL string
+
+// A migration is one numbered step of schema.sql.
+type migration struct {
+	version  int // 1, 2, 3 and so on
+	title    string
+	text     string
+	checksum string // SHA-256 of text, in hexadecimal
+}
+
+// A schemaError is a database that this program must not touch: waiting
+// doesn't help, so it ends the start.
+type schemaError struct{ message string }
+
+func (e *schemaError) Error() string { return e.message }
+
+var migrationLine = regexp.MustCompile(`(?m)^-- migration (\d+): (.+)\n`)
+
+// parseMigrations splits the text of schema.sql at its "-- migration N: title"
+// lines, which must number from 1 without a gap.
+func parseMigrations(schema string) ([]migration, error) {
+	lines := migrationLine.FindAllStringSubmatchIndex(schema, -1)
+	if len(lines) == 0 {
+		return nil, errors.New("schema.sql: no line \"-- migration 1: title\"")
+	}
+	var migrations []migration
+	for i, at := range lines {
+		end := len(schema)
+		if i+1 < len(lines) {
+			end = lines[i+1][0]
+		}
+		version, err := strconv.Atoi(schema[at[2]:at[3]])
+		if err != nil || version != i+1 {
+			return nil, fmt.Errorf("schema.sql: migration %d stands where %d is expected", version, i+1)
+		}
+		text := strings.TrimSpace(schema[at[1]:end])
+		sum := sha256.Sum256([]byte(text))
+		migrations = append(migrations, migration{version, schema[at[4]:at[5]], text, hex.EncodeToString(sum[:])})
+	}
+	return migrations, nil
+}
+
+// migrationLock is the key of the advisory lock under which replicas that
+// start together migrate one after the other: "rollcall" in ASCII.
+const migrationLock = 0x726f6c6c63616c6c
+
+// migrate brings the database to the last of migrations, in one transaction:
+// it ends up with all of them or with none. It is safe to run in any number of
+// processes at once, and needs no more than the right to read where nothing is
+// left to do. A database that a newer program has migrated further is left as
+// it is, with a warning.
+//
+// The error is a [*schemaError] where the database is not what the migrations
+// know it to be: a changed migration, somebody else's table, addresses that
+// collide.
+func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.Logger) error {
+	tx, err := db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback() // without effect after Commit
+
+	// The lock is the transaction's, not the session's, so that it also holds
+	// behind a pooler that changes the session with every transaction.
+	if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1)", int64(migrationLock)); err != nil {
+		return err
+	}
+	applied, err := appliedMigrations(ctx, tx)
+	if err != nil {
+		return err
+	}
+	changes := 0
+	for _, m := range migrations {
+		switch checksum, ok := applied[m.version]; {
+		case ok && checksum != m.checksum:
+			return &schemaError{fmt.Sprintf("migration %d (%s) was applied to this database with another text than this program has: "+
+				"run the program that belongs to the database, or restore schema.sql and add the change as a new migration", m.version, m.title)}
+		case ok:
+			continue
+		}
+		if changes == 0 && len(applied) == 0 {
+			_, err := tx.ExecContext(ctx, `CREATE TABLE IF NOT EXISTS rollcall_migrations (
+				version integer PRIMARY KEY, title text NOT NULL, checksum text NOT NULL,
+				applied_at timestamptz NOT NULL DEFAULT now())`)
+			if err != nil {
+				return err
+			}
+		}
+		// Without arguments the text goes out as it is, many statements at once.
+		if _, err := tx.ExecContext(ctx, m.text); err != nil {
+			return migrationFailure(m, err)
+		}
+		if _, err := tx.ExecContext(ctx, "INSERT INTO rollcall_migrations (version, title, checksum) VALUES ($1, $2, $3)",
+			m.version, m.title, m.checksum); err != nil {
+			return err
+		}
+		changes++
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	if changes > 0 {
+		log.Info("schema migrated", "applied", changes, "version", len(migrations))
+	}
+	for version := range applied {
+		if version > len(migrations) {
+			log.Warn("the database is newer than this program: a newer rollcall has migrated it",
+				"database_version", version, "program_version", len(migrations))
+		}
+	}
+	return nil
+}
+
+// appliedMigrations returns the checksums of the recorded migrations by version.
+func appliedMigrations(ctx context.Context, tx *sql.Tx) (map[int]string, error) {
+	var exists bool
+	err := tx.QueryRowContext(ctx, "SELECT to_regclass('rollcall_migrations') IS NOT NULL").Scan(&exists)
+	if err != nil || !exists {
+		return nil, err
+	}
+	rows, err := tx.QueryContext(ctx, "SELECT version, checksum FROM rollcall_migrations")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	applied := make(map[int]string)
+	for rows.Next() {
+		var version int
+		var checksum string
+		if err := rows.Scan(&version, &checksum); err != nil {
+			return nil, err
+		}
+		applied[version] = checksum
+	}
+	return applied, rows.Err()
+}
+
+// migrationFailure tells a migration that the database refuses, which is for a
+// person to solve, from a database that is not up to it right now.
+func migrationFailure(m migration, err error) error {
+	refused := pq.As(err)
+	if refused == nil || isUnavailable(err) {
+		return err
+	}
+	text := fmt.Sprintf("migration %d (%s): %s", m.version, m.title, refused.Message)
+	for _, more := range []string{refused.Detail, refused.Hint} {
+		if more != "" {
+			text += "\n" + more
+		}
+	}
+	return &schemaError{text}
+}

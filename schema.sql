@@ -1,0 +1,88 @@
+-- The table of users, as numbered migrations.
+--
+-- rollcall applies this file at every start, in one transaction under an
+-- advisory lock (see migrate.go). A line "-- migration N: title" begins a
+-- migration; each is applied once and recorded with the checksum of its text.
+-- So a migration that has been released is never edited, comments included:
+-- a change is a new migration at the end.
+
+-- migration 1: the table of users
+
+-- As the original made it (001_create_users.sql): a database that has it
+-- already is taken over as it is. Ids are made by the service (UUIDv7).
+CREATE TABLE IF NOT EXISTS users (
+    id         uuid         PRIMARY KEY,
+    email      varchar(255) NOT NULL,
+    name       varchar(255) NOT NULL,
+    created_at timestamptz  NOT NULL DEFAULT now(),
+    updated_at timestamptz  NOT NULL DEFAULT now()
+);
+
+-- Any other table of this name belongs to somebody else.
+DO $$
+DECLARE
+    wrong text;
+BEGIN
+    SELECT string_agg(format('%s %s', want.name, want.kind), ', ' ORDER BY want.name) INTO wrong
+    FROM (VALUES ('id', 'uuid'), ('email', 'character varying'), ('name', 'character varying'),
+                 ('created_at', 'timestamp with time zone'), ('updated_at', 'timestamp with time zone')
+         ) AS want (name, kind)
+    LEFT JOIN pg_attribute a
+        ON a.attrelid = 'users'::regclass AND a.attname = want.name AND NOT a.attisdropped
+    WHERE a.atttypid IS DISTINCT FROM want.kind::regtype;
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'the table "users" of this database is not one of ours: it lacks %', wrong
+            USING HINT = 'Give rollcall a database (or, with search_path, a schema) of its own.';
+    END IF;
+END $$;
+
+-- migration 2: an address belongs to one user, letter case ignored
+
+-- Where rows of the original collide now, a person has to decide which stay.
+DO $$
+DECLARE
+    total  bigint;
+    listed text;
+BEGIN
+    SELECT max(groups), string_agg(addresses, '; ' ORDER BY addresses) INTO total, listed
+    FROM (SELECT string_agg(email, ', ' ORDER BY created_at, id) AS addresses, count(*) OVER () AS groups
+          FROM users GROUP BY lower(email) HAVING count(*) > 1
+          ORDER BY 1 LIMIT 50) AS collisions;
+    IF total > 0 THEN
+        RAISE EXCEPTION 'addresses that differ in letter case alone: %', listed
+            USING DETAIL = format('There are %s such groups of users (at most 50 are listed), oldest user first.', total),
+                  HINT = 'Change or delete all but one user of each group, then start again. Nothing has been changed.';
+    END IF;
+END $$;
+
+-- lower() folds as the database's own locale says, here and in every look-up.
+CREATE UNIQUE INDEX IF NOT EXISTS users_email_lower_key ON users (lower(email));
+
+-- What the original had for the same purpose: its UNIQUE constraint, whatever
+-- its name, and an index that repeated the constraint's own.
+DO $$
+DECLARE
+    obsolete text;
+BEGIN
+    FOR obsolete IN
+        SELECT c.conname FROM pg_constraint c
+        JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'email'
+        WHERE c.conrelid = 'users'::regclass AND c.contype = 'u' AND c.conkey = ARRAY[a.attnum]
+    LOOP
+        EXECUTE format('ALTER TABLE users DROP CONSTRAINT %I', obsolete);
+    END LOOP;
+END $$;
+DROP INDEX IF EXISTS idx_users_email;
+
+-- migration 3: pages in the order of the list
+
+-- Serves ORDER BY created_at DESC, id DESC from any row on, so that page
+-- 500,000 costs what the first does; the original's index has only its first half.
+CREATE INDEX IF NOT EXISTS users_created_at_id_idx ON users (created_at DESC, id DESC);
+DROP INDEX IF EXISTS idx_users_created_at;
+
+-- updated_at serves as the version of a user, created_at as its place in the
+-- list: neither may be missing.
+ALTER TABLE users
+    ALTER COLUMN created_at SET DEFAULT now(), ALTER COLUMN created_at SET NOT NULL,
+    ALTER COLUMN updated_at SET DEFAULT now(), ALTER COLUMN updated_at SET NOT NULL;

@@ -1,0 +1,380 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
+)
+
+// The store is where SQL lives: everybody else speaks of users. Its methods
+// return [errNotFound], [errEmailTaken], [errPrecondition] and failures of the
+// kinds unavailable, timeout, gone and database; nothing of the driver's gets out.
+
+// columns are those of a user, in the order in which scan reads them.
+const columns = "id, email, name, created_at, updated_at"
+
+// version is the version of a user in SQL: what [user.version] is in Go.
+const version = "(extract(epoch FROM updated_at) * 1000000)::bigint::text"
+
+// conditionsHold is true, in SQL, of a user in a version that [preconditions]
+// allow, whose fields are the values of the two placeholders.
+func conditionsHold(match, noneMatch string) string {
+	return fmt.Sprintf("(%[2]s::text IS NULL OR %[1]s = ANY (string_to_array(%[2]s, ','))) AND "+
+		"(%[3]s::text IS NULL OR %[3]s <> '*' AND %[1]s <> ALL (string_to_array(%[3]s, ',')))", version, match, noneMatch)
+}
+
+// The statements, prepared once for each connection.
+var (
+	insertUser = "INSERT INTO users (id, email, name) VALUES ($1, $2, $3) RETURNING " + columns
+	selectUser = "SELECT " + columns + " FROM users WHERE id = $1"
+	findUser   = "SELECT " + columns + " FROM users WHERE lower(email) = lower($1)"
+	firstUsers = "SELECT " + columns + " FROM users ORDER BY created_at DESC, id DESC LIMIT $1 OFFSET $2"
+	nextUsers  = "SELECT " + columns + " FROM users WHERE (created_at, id) < ($2, $3) ORDER BY created_at DESC, id DESC LIMIT $1"
+	// updated_at is the version, so it moves on even if the clock does not.
+	updateUser = "UPDATE users SET email = COALESCE($2, email), name = COALESCE($3, name), " +
+		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') " +
+		"WHERE id = $1 AND " + conditionsHold("$4", "$5") + " RETURNING " + columns
+	deleteUser = "DELETE FROM users WHERE id = $1 AND " + conditionsHold("$2", "$3")
+)
+
+// A store keeps users in PostgreSQL. It is safe for concurrent use.
+type store struct {
+	db         *sql.DB
+	startDB    *sql.DB // for start alone: migrations take as long as they take
+	log        *slog.Logger
+	unprepared bool // binary_parameters=yes: no statement outlives its transaction
+
+	prepared map[string]*sql.Stmt // by text; complete once started is true
+	started  atomic.Bool
+	answered atomic.Int64 // when PostgreSQL last answered, in nanoseconds since 1970
+}
+
+// openStore returns the store of the configured database. It does not connect:
+// [store.start] does.
+func openStore(cfg config, log *slog.Logger) (*store, error) {
+	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
+	open := func(patience time.Duration, conns int) (*sql.DB, error) {
+		connector, err := pq.NewConnectorConfig(cfg.database)
+		if err != nil {
+			return nil, err
+		}
+		connector.Dialer(&dialer{patience: patience})
+		db := sql.OpenDB(connector)
+		db.SetMaxOpenConns(conns)
+		db.SetMaxIdleConns(conns)
+		db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
+		db.SetConnMaxLifetime(time.Hour)       // so that the pool follows a database that moved
+		return db, nil
+	}
+	var err error
+	// A statement is cancelled at the deadline of its request; who has not
+	// answered even that for some seconds will not answer any more.
+	if s.db, err = open(cfg.requestTimeout+5*time.Second, cfg.dbMaxConns); err != nil {
+		return nil, err
+	}
+	s.startDB, err = open(0, 1)
+	return s, err
+}
+
+// start connects, migrates and prepares. While PostgreSQL is not there it
+// waits, and says so in the log, until ctx ends. Any other error than ctx's is
+// a [*schemaError].
+func (s *store) start(ctx context.Context) error {
+	defer s.startDB.Close()
+	migrations, err := parseMigrations(schemaSQL)
+	if err != nil {
+		return err
+	}
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		if err = migrate(ctx, s.startDB, migrations, s.log); err == nil {
+			if err = s.prepare(ctx); err == nil {
+				s.started.Store(true)
+				return nil
+			}
+		}
+		var refused *schemaError
+		if errors.As(err, &refused) || ctx.Err() != nil {
+			return err
+		}
+		s.log.Warn("waiting for PostgreSQL", "error", err.Error(), "next_try", pause.String())
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *store) prepare(ctx context.Context) error {
+	if s.unprepared {
+		return s.db.PingContext(ctx)
+	}
+	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser} {
+		if s.prepared[text] != nil {
+			continue // from an earlier try
+		}
+		stmt, err := s.db.PrepareContext(ctx, text)
+		if err != nil {
+			return err
+		}
+		s.prepared[text] = stmt
+	}
+	s.answered.Store(time.Now().UnixNano())
+	return nil
+}
+
+// close ends the pool. Statements that still run are cancelled with their requests.
+func (s *store) close() error { return errors.Join(s.db.Close(), s.startDB.Close()) }
+
+// ping reports whether PostgreSQL answers. One that answered a request within
+// the last second needs no asking, so that a full pool is not taken for an outage.
+func (s *store) ping(ctx context.Context) error {
+	if time.Since(time.Unix(0, s.answered.Load())) < time.Second {
+		return nil
+	}
+	if err := s.db.PingContext(ctx); err != nil {
+		return translate(ctx, err)
+	}
+	s.answered.Store(time.Now().UnixNano())
+	return nil
+}
+
+// create stores a new user. The error is [errEmailTaken] if another user has
+// the address, letter case ignored.
+func (s *store) create(ctx context.Context, id, email, name string) (user, error) {
+	u, err := s.one(ctx, insertUser, id, email, name)
+	if errors.Is(err, errEmailTaken) {
+		// database/sql repeats a statement whose connection broke, and the
+		// first try may have gone through: then the address is taken by this very user.
+		if mine, getErr := s.one(ctx, selectUser, id); getErr == nil {
+			return mine, nil
+		}
+	}
+	return u, unsure(err)
+}
+
+// get returns the user of that id, or [errNotFound].
+func (s *store) get(ctx context.Context, id string) (user, error) {
+	return s.one(ctx, selectUser, id)
+}
+
+// find returns the user of that address, letter case ignored, or [errNotFound].
+func (s *store) find(ctx context.Context, email string) (user, error) {
+	return s.one(ctx, findUser, email)
+}
+
+// list returns up to limit users, newest first: those behind after, or, where
+// that is nil, those behind the first offset ones.
+func (s *store) list(ctx context.Context, limit, offset int64, after *position) ([]user, error) {
+	if after != nil {
+		return s.query(ctx, nextUsers, limit, after.createdAt, after.id)
+	}
+	return s.query(ctx, firstUsers, limit, offset)
+}
+
+// update changes the fields that are not nil. The error is [errNotFound], or
+// [errPrecondition] if the user is in a version that when excludes, or
+// [errEmailTaken].
+func (s *store) update(ctx context.Context, id string, email, name *string, when preconditions) (user, error) {
+	u, err := s.one(ctx, updateUser, id, email, name, when.match, when.noneMatch)
+	if errors.Is(err, errNotFound) && when.some() {
+		err = s.whyNot(ctx, id)
+	}
+	return u, unsure(err)
+}
+
+// delete removes the user of that id. The error is [errNotFound], or
+// [errPrecondition] if the user is in a version that when excludes.
+func (s *store) delete(ctx context.Context, id string, when preconditions) error {
+	var n int64
+	err := s.retry(ctx, func() (err error) {
+		var res sql.Result
+		if s.unprepared {
+			res, err = s.db.ExecContext(ctx, deleteUser, id, when.match, when.noneMatch)
+		} else {
+			res, err = s.prepared[deleteUser].ExecContext(ctx, id, when.match, when.noneMatch)
+		}
+		if err == nil {
+			n, err = res.RowsAffected()
+		}
+		return err
+	})
+	if err == nil && n == 0 {
+		err = errNotFound
+		if when.some() {
+			err = s.whyNot(ctx, id)
+		}
+	}
+	return unsure(err)
+}
+
+// whyNot tells a user that is missing from one that a precondition excluded.
+func (s *store) whyNot(ctx context.Context, id string) error {
+	if _, err := s.one(ctx, selectUser, id); err != nil {
+		return err
+	}
+	return errPrecondition
+}
+
+// one runs a statement that returns at most one user; none is [errNotFound].
+func (s *store) one(ctx context.Context, text string, args ...any) (user, error) {
+	users, err := s.query(ctx, text, args...)
+	if err != nil {
+		return user{}, err
+	}
+	if len(users) == 0 {
+		return user{}, errNotFound
+	}
+	return users[0], nil
+}
+
+// query runs a statement that returns users.
+func (s *store) query(ctx context.Context, text string, args ...any) (users []user, err error) {
+	err = s.retry(ctx, func() error {
+		users = nil
+		var rows *sql.Rows
+		var err error
+		if s.unprepared {
+			rows, err = s.db.QueryContext(ctx, text, args...)
+		} else {
+			rows, err = s.prepared[text].QueryContext(ctx, args...)
+		}
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var u user
+			if err := rows.Scan(&u.ID, &u.Email, &u.Name, &u.CreatedAt, &u.UpdatedAt); err != nil {
+				return err
+			}
+			users = append(users, u)
+		}
+		return rows.Err()
+	})
+	return users, err
+}
+
+// retry runs a statement, and again where PostgreSQL has undone it for the
+// sake of another one: after a deadlock or a serialization failure nothing of
+// it remains, and a new try finds the way clear. (Connections that died while
+// they were idle are replaced inside database/sql.) The error is translated.
+func (s *store) retry(ctx context.Context, run func() error) error {
+	for try := 1; ; try++ {
+		err := run()
+		if err == nil {
+			s.answered.Store(time.Now().UnixNano())
+			return nil
+		}
+		if pq.As(err, pqerror.TRDeadlockDetected, pqerror.TRSerializationFailure) == nil || try == 10 {
+			return translate(ctx, err)
+		}
+		select {
+		case <-time.After(rand.N(time.Duration(try) * 10 * time.Millisecond)):
+		case <-ctx.Done():
+			return translate(ctx, ctx.Err())
+		}
+	}
+}
+
+// unsure adds to the error of a write what its caller has to know: that an
+// error which came instead of PostgreSQL's answer leaves open what it did.
+func unsure(err error) error {
+	var f *failure
+	if !errors.As(err, &f) || f.kind != kindTimeout && f.kind != kindUnavailable {
+		return err
+	}
+	g := *f
+	g.message = cmp.Or(f.message, answers[f.kind].message) + "; the change may have been made all the same"
+	return &g
+}
+
+// translate turns an error of the driver into one of ours, by its SQLSTATE
+// (PostgreSQL's manual, appendix A) and never by its text.
+func translate(ctx context.Context, err error) error {
+	switch refused := pq.As(err); {
+	case ctx.Err() != nil: // whatever the driver made of it
+		return asFailure(fmt.Errorf("%w (%v)", ctx.Err(), err))
+	case isUnavailable(err):
+		return &failure{kind: kindUnavailable, message: "The database is not available", cause: err}
+	case refused != nil && refused.Code == pqerror.UniqueViolation && refused.Constraint != "users_pkey":
+		return errEmailTaken
+	default:
+		return &failure{kind: kindDatabase, cause: err}
+	}
+}
+
+// isUnavailable reports whether err is of the kind that passes: PostgreSQL
+// can't be reached, starts, stops, or lacks what it needs right now.
+func isUnavailable(err error) bool {
+	if refused := pq.As(err); refused != nil {
+		switch refused.Code.Class() {
+		case "08", // connection exception
+			"40", // transaction rollback: the tries ran out
+			"53", // insufficient resources: connections, memory, disk
+			"57", // operator intervention: shutdown, crash, starting up, cancelled by an administrator
+			"58": // system error, outside PostgreSQL
+			return true
+		}
+		return refused.Code == pqerror.ReadOnlySQLTransaction || // a standby, or a primary that became one
+			refused.Code == pqerror.LockNotAvailable
+	}
+	var netErr net.Error
+	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.As(err, &netErr) ||
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+// A dialer connects to PostgreSQL. Its connections give up on a server that is
+// silent for longer than patience while an answer is due: a network that
+// swallows packets would otherwise hold a connection for a quarter of an hour.
+type dialer struct {
+	net.Dialer
+	patience time.Duration // 0: no limit
+}
+
+// DialTimeout completes [pq.Dialer]. lib/pq prefers DialContext.
+func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	return d.DialContext(ctx, network, address)
+}
+
+func (d *dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	c, err := d.Dialer.DialContext(ctx, network, address)
+	if err != nil || d.patience == 0 {
+		return c, err
+	}
+	return &impatientConn{Conn: c, patience: d.patience}, nil
+}
+
+// An impatientConn limits how long a Read waits. lib/pq reads only when an
+// answer is due, so an idle connection never runs into the limit.
+type impatientConn struct {
+	net.Conn
+	patience time.Duration
+	explicit bool // lib/pq has set a deadline of its own: it is connecting
+}
+
+func (c *impatientConn) SetDeadline(t time.Time) error {
+	c.explicit = !t.IsZero()
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *impatientConn) Read(p []byte) (int, error) {
+	if !c.explicit {
+		c.Conn.SetReadDeadline(time.Now().Add(c.patience))
+	}
+	return c.Conn.Read(p)
+}

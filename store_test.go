@@ -1,0 +1,481 @@
+package main
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// The database: how it is migrated, taken over, waited for and lost.
+
+// originalSchema is 001_create_users.sql of the service that rollcall replaces.
+const originalSchema = `
+CREATE TABLE IF NOT EXISTS users (
+    id UUID PRIMARY KEY,
+    email VARCHAR(255) UNIQUE NOT NULL,
+    name VARCHAR(255) NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),
+    updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW()
+);
+CREATE INDEX idx_users_email ON users(email);
+CREATE INDEX idx_users_created_at ON users(created_at);`
+
+// indexes returns the names of the indexes of users, in order.
+func indexes(t *testing.T, db *sql.DB) string {
+	t.Helper()
+	var names string
+	err := db.QueryRow(`SELECT string_agg(indexname, ' ' ORDER BY indexname) FROM pg_indexes
+		WHERE tablename = 'users' AND schemaname = current_schema()`).Scan(&names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
+}
+
+const ourIndexes = "users_created_at_id_idx users_email_lower_key users_pkey"
+
+func TestReplicasStartAtOnce(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	replicas := make([]*service, 6)
+	var wg sync.WaitGroup
+	for i := range replicas {
+		wg.Go(func() { replicas[i] = startService(t, testEnv(databaseURL)) })
+	}
+	wg.Wait()
+	for _, r := range replicas {
+		r.waitReady()
+	}
+	newUser(replicas[0], "a@example.com")
+	wantError(t, replicas[1].call("POST", usersPath, `{"email":"a@example.com","name":"x"}`), 409, "Email already in use")
+	if got := indexes(t, db); got != ourIndexes {
+		t.Errorf("indexes: %s", got)
+	}
+}
+
+func TestAdoptOriginal(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	mustExec(t, db, originalSchema)
+	mustExec(t, db, `INSERT INTO users (id, email, name) VALUES ($1, 'Old@Example.com', 'Old')`, noSuchID)
+	s := startService(t, testEnv(databaseURL))
+	s.waitReady()
+
+	if got := indexes(t, db); got != ourIndexes {
+		t.Errorf("indexes: %s\nwant     %s", got, ourIndexes)
+	}
+	if u := s.call("GET", usersPath+"/"+noSuchID, "").user(t); u["email"] != "Old@Example.com" || u["name"] != "Old" {
+		t.Errorf("the old row: %v", u)
+	}
+	if list := s.call("GET", usersPath+"?email=OLD@example.com", "").users(t); len(list) != 1 {
+		t.Errorf("by address: %v", list)
+	}
+	wantError(t, s.call("POST", usersPath, `{"email":"old@example.com","name":"x"}`), 409, "Email already in use")
+
+	again := startService(t, testEnv(databaseURL))
+	again.waitReady()
+	for _, line := range again.logged() {
+		if line["msg"] == "schema migrated" {
+			t.Error("a second start migrates again")
+		}
+	}
+}
+
+func TestAdoptCollidingAddresses(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	mustExec(t, db, originalSchema)
+	mustExec(t, db, `INSERT INTO users (id, email, name, created_at) VALUES (gen_random_uuid(), 'ada@example.com', 'x', now()),
+		(gen_random_uuid(), 'Ada@example.com', 'x', now() - interval '1 day'), (gen_random_uuid(), 'only@example.com', 'x', now())`)
+	err := runOnce(t, testEnv(databaseURL))
+	var refused *schemaError
+	if !errors.As(err, &refused) {
+		t.Fatalf("run returned %v", err)
+	}
+	for _, want := range []string{"Ada@example.com, ada@example.com", "1 such groups", "Change or delete all but one"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("the error does not say %q: %v", want, err)
+		}
+	}
+	if strings.Contains(err.Error(), "only@example.com") {
+		t.Errorf("the error names an address that does not collide: %v", err)
+	}
+	if got := indexes(t, db); got != "idx_users_created_at idx_users_email users_email_key users_pkey" {
+		t.Errorf("a refused start has changed the indexes: %s", got)
+	}
+
+	mustExec(t, db, "UPDATE users SET email = 'ada2@example.com' WHERE email = 'Ada@example.com'")
+	s := startService(t, testEnv(databaseURL))
+	s.waitReady()
+	if n := len(s.call("GET", usersPath, "").users(t)); n != 3 {
+		t.Errorf("%d users", n)
+	}
+}
+
+// runOnce returns what run does, which has to be soon.
+func runOnce(t *testing.T, env map[string]string) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	err := run(ctx, nil, func(name string) string { return env[name] }, io.Discard, io.Discard)
+	if ctx.Err() != nil {
+		t.Fatal("run does not return")
+	}
+	return err
+}
+
+func TestRefusedDatabases(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, sql, want string }{
+		{"somebody else's table", "CREATE TABLE users (id bigint PRIMARY KEY, email varchar(255), login text)",
+			`the table "users" of this database is not one of ours: it lacks created_at timestamp with time zone, id uuid, name character varying, updated_at timestamp with time zone`},
+		{"a changed migration", "UPDATE rollcall_migrations SET checksum = 'x' WHERE version = 2",
+			"migration 2 (an address belongs to one user, letter case ignored) was applied to this database with another text"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			databaseURL, db := newSchema(t)
+			if strings.Contains(test.sql, "rollcall_migrations") {
+				s := startService(t, testEnv(databaseURL))
+				s.waitReady()
+			}
+			mustExec(t, db, test.sql)
+			var refused *schemaError
+			if err := runOnce(t, testEnv(databaseURL)); !errors.As(err, &refused) || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("run returned %v\nwant %s", err, test.want)
+			}
+		})
+	}
+}
+
+func TestNewerDatabase(t *testing.T) {
+	t.Parallel()
+	first := newService(t)
+	mustExec(t, first.db, "INSERT INTO rollcall_migrations (version, title, checksum) VALUES (99, 'x', 'x')")
+	var schema string
+	if err := first.db.QueryRow("SELECT current_schema()").Scan(&schema); err != nil {
+		t.Fatal(err)
+	}
+	s := startService(t, testEnv(testDatabase.url()+" search_path="+schema))
+	line := s.waitLog("the database is newer than this program: a newer rollcall has migrated it")
+	if line["level"] != "WARN" || line["database_version"] != 99.0 {
+		t.Errorf("logged %v", line)
+	}
+	s.waitReady()
+	newUser(s, "a@example.com")
+}
+
+func TestParseMigrations(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, schema string
+		want         int // migrations; 0: an error
+	}{
+		{"one", "-- migration 1: x\nSELECT 1;\n", 1},
+		{"two, and text before", "-- about\n\n-- migration 1: x\nSELECT 1;\n-- migration 2: y\nSELECT 2;\n", 2},
+		{"none", "SELECT 1;", 0},
+		{"from 2", "-- migration 2: x\n", 0},
+		{"a gap", "-- migration 1: x\n-- migration 3: y\n", 0},
+		{"one twice", "-- migration 1: x\n-- migration 1: y\n", 0},
+		{"a number without bounds", "-- migration 99999999999999999999: x\n", 0},
+		{"our own", schemaSQL, 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got, err := parseMigrations(test.schema)
+			if len(got) != test.want || (err == nil) != (test.want > 0) {
+				t.Errorf("got %d migrations, %v; want %d", len(got), err, test.want)
+			}
+		})
+	}
+}
+
+// A released migration is never edited; who adds one adds a line here.
+func TestMigrationsAreAsReleased(t *testing.T) {
+	t.Parallel()
+	migrations, err := parseMigrations(schemaSQL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	released := []string{
+		"9a3e4e30b486d6a58aeae411bf48b6f9c103b6b066c2b52eee22023c572caef6",
+		"51ae22d21b437a26a95fc9d966247b252732a8e0153873809df840e68490b036",
+		"05a3c7316ea2fdd4d39de417323470f56e08fa489469ff6818566d814dc1f839",
+	}
+	for i, m := range migrations {
+		if i >= len(released) || m.checksum != released[i] {
+			t.Errorf("migration %d has the checksum %s", m.version, m.checksum)
+		}
+	}
+}
+
+// The indexes serve the statements: no sort, no scan of the table.
+func TestPlans(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	mustExec(t, s.db, `INSERT INTO users (id, email, name, created_at)
+		SELECT gen_random_uuid(), 'u' || i || '@example.com', 'x', now() - i * interval '1 second' FROM generate_series(1, 5000) i`)
+	mustExec(t, s.db, "ANALYZE users")
+	for _, test := range []struct {
+		name, text, want string
+		args             []any
+	}{
+		{"get", selectUser, "Index Scan using users_pkey", []any{noSuchID}},
+		{"find", findUser, "Index Scan using users_email_lower_key", []any{"a"}},
+		{"first page", firstUsers, "Index Scan using users_created_at_id_idx", []any{20, 0}},
+		{"page by cursor", nextUsers, "Index Cond: (ROW(created_at, id) < ROW(", []any{20, time.Now(), noSuchID}},
+		{"update", updateUser, "Index Scan using users_pkey", []any{noSuchID, nil, "x", nil, nil}},
+		{"delete", deleteUser, "Index Scan using users_pkey", []any{noSuchID, nil, nil}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			rows, err := s.db.Query("EXPLAIN "+test.text, test.args...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer rows.Close()
+			var plan strings.Builder
+			for rows.Next() {
+				var line string
+				if err := rows.Scan(&line); err != nil {
+					t.Fatal(err)
+				}
+				fmt.Fprintln(&plan, line)
+			}
+			if !strings.Contains(plan.String(), test.want) || strings.Contains(plan.String(), "Sort") {
+				t.Errorf("plan:\n%swant %s", plan.String(), test.want)
+			}
+		})
+	}
+}
+
+// Without prepared statements, for a pooler that shares sessions, all is the same.
+func TestBinaryParameters(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	s := startService(t, testEnv(databaseURL+" binary_parameters=yes"))
+	s.waitReady()
+	a := newUser(s, "a@example.com")
+	newUser(s, "b@example.com")
+	path := a.header.Get("Location")
+	if got := s.call("GET", path, ""); got.body != a.body {
+		t.Errorf("GET: %s", got.body)
+	}
+	page := s.call("GET", usersPath+"?limit=1", "")
+	next, _, _ := strings.Cut(strings.TrimPrefix(page.header.Get("Link"), "<"), ">")
+	if rest := s.call("GET", next, "").users(t); len(rest) != 1 || rest[0]["email"] != "a@example.com" {
+		t.Errorf("the second page: %v", rest)
+	}
+	if found := s.call("GET", usersPath+"?email=A@example.com", "").users(t); len(found) != 1 {
+		t.Errorf("found %v", found)
+	}
+	wantError(t, s.call("POST", usersPath, `{"email":"A@example.com","name":"x"}`), 409, "Email already in use")
+	put := s.call("PUT", path, `{"name":"x"}`, "If-Match: "+a.header.Get("ETag"))
+	put.user(t)
+	if stale := s.call("DELETE", path, "", "If-Match: "+a.header.Get("ETag")); stale.status != 412 {
+		t.Errorf("DELETE: %d %s", stale.status, stale.body)
+	}
+	if gone := s.call("DELETE", path, "", "If-Match: "+put.header.Get("ETag")); gone.status != 200 {
+		t.Errorf("DELETE: %d %s", gone.status, gone.body)
+	}
+	var prepared int // in the session that serves next, which is any of the pool
+	cfg, err := loadConfig(func(name string) string { return testEnv(databaseURL + " binary_parameters=yes")[name] }, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	direct, err := openStore(cfg, newLogger(cfg, io.Discard))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer direct.close()
+	direct.db.SetMaxOpenConns(1)
+	if err := direct.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := direct.get(t.Context(), noSuchID); err != errNotFound {
+		t.Fatal(err)
+	}
+	if err := direct.db.QueryRow("SELECT count(*) FROM pg_prepared_statements").Scan(&prepared); err != nil || prepared != 0 {
+		t.Errorf("%d prepared statements, %v", prepared, err)
+	}
+}
+
+// PostgreSQL comes up after the service: it waits, says so, and then serves.
+func TestDatabaseNotThereYet(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-relay-") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	s := startService(t, testEnv(databaseURL+" host="+dir))
+	line := s.waitLog("waiting for PostgreSQL")
+	if line["level"] != "WARN" || line["error"] == "" {
+		t.Errorf("logged %v", line)
+	}
+	if a := s.call("GET", "/health", ""); a.status != 200 {
+		t.Errorf("GET /health: %d", a.status)
+	}
+	for _, path := range []string{"/health/ready", usersPath} {
+		a := s.call("GET", path, "")
+		wantError(t, a, 503, "The service is starting")
+		if a.header.Get("Retry-After") == "" {
+			t.Errorf("%s: a 503 without Retry-After", path)
+		}
+	}
+	relay(t, filepath.Join(dir, ".s.PGSQL.5432"))
+	s.waitReady()
+	newUser(s, "a@example.com")
+}
+
+// relay passes what comes to the socket at path on to the test's PostgreSQL.
+func relay(t *testing.T, path string) {
+	t.Helper()
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("unix", filepath.Join(testDatabase.sockets, ".s.PGSQL.5432"))
+			if err != nil {
+				from.Close()
+				continue
+			}
+			for _, pair := range [][2]net.Conn{{from, to}, {to, from}} {
+				go func() {
+					io.Copy(pair[0], pair[1])
+					pair[0].Close()
+				}()
+			}
+		}
+	}()
+}
+
+// Connections that die while they are idle cost nobody an error.
+func TestConnectionsDieIdle(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	s := startService(t, testEnv(databaseURL+" application_name=die_idle"))
+	s.waitReady()
+	path := newUser(s, "a@example.com").header.Get("Location")
+	for i := range 20 {
+		mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'die_idle'")
+		s.call("GET", path, "").user(t)
+		mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'die_idle'")
+		newUser(s, fmt.Sprintf("%d@example.com", i))
+	}
+}
+
+// Serialization failures are retried where nobody sees them.
+func TestSerializationFailures(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	s := startService(t, testEnv(databaseURL+" default_transaction_isolation=serializable"))
+	s.waitReady()
+	path := newUser(s, "a@example.com").header.Get("Location")
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 5 {
+				if a, err := s.try("PUT", path, `{"name":"x"}`); err != nil || a.status != 200 {
+					t.Errorf("PUT: %v %v", a, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// A locked row delays its own callers, until their deadline and no longer, and
+// what was cancelled then does not happen later.
+func TestLockedRow(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "REQUEST_TIMEOUT=500ms")
+	before := newUser(s, "locked@example.com")
+	other := newUser(s, "other@example.com")
+	tx, err := s.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec("SELECT FROM users WHERE email = 'locked@example.com' FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	a := s.call("PUT", before.header.Get("Location"), `{"name":"late"}`)
+	wantError(t, a, 503, "The request took too long; the change may have been made all the same")
+	if a.header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+	s.call("GET", before.header.Get("Location"), "").user(t)
+	s.call("PUT", other.header.Get("Location"), `{"name":"x"}`).user(t)
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if after := s.call("GET", before.header.Get("Location"), ""); after.body != before.body {
+		t.Errorf("before %s\nafter  %s", before.body, after.body)
+	}
+}
+
+// PostgreSQL goes away altogether: 503 with the reason, and /health stays 200.
+func TestDatabaseGone(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-relay-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, ".s.PGSQL.5432")
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	relay(t, socket)
+	s := startService(t, testEnv(databaseURL+" application_name=gone host="+dir))
+	s.waitReady()
+	path := newUser(s, "a@example.com").header.Get("Location")
+
+	if err := os.Rename(socket, socket+".away"); err != nil {
+		t.Fatal(err)
+	}
+	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'gone'")
+	wantError(t, s.call("GET", path, ""), 503, "The database is not available")
+	wantError(t, s.call("PUT", path, `{"name":"x"}`), 503, "The database is not available; the change may have been made all the same")
+	waitFor(t, "readiness to end", func() bool { return s.call("GET", "/health/ready", "").status == 503 })
+	wantError(t, s.call("GET", "/health/ready", ""), 503, "PostgreSQL does not answer")
+	if a := s.call("GET", "/health", ""); a.status != 200 || a.body != "OK" {
+		t.Errorf("GET /health: %d %q", a.status, a.body)
+	}
+	if err := os.Rename(socket+".away", socket); err != nil {
+		t.Fatal(err)
+	}
+	s.call("GET", path, "").user(t)
+	waitFor(t, "readiness", func() bool { return s.call("GET", "/health/ready", "").status == 200 })
+}
+
+func TestImpatientConn(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	c, err := (&dialer{patience: time.Millisecond}).DialTimeout("tcp", silent.Addr().String(), patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || !isUnavailable(err) {
+		t.Errorf("a silent server: %v", err)
+	}
+}

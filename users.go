@@ -1,0 +1,460 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net/http"
+	"net/mail"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// A user as it is stored and sent.
+type user struct {
+	ID        string    // a UUID, in lower case with hyphens
+	Email     string    // at most 254 bytes; unique, letter case ignored
+	Name      string    // 1 to 255 characters
+	CreatedAt time.Time // to the microsecond, as PostgreSQL keeps it
+	UpdatedAt time.Time // moves forward with every update
+}
+
+// timeFormat is RFC 3339 in UTC with all six digits that PostgreSQL keeps.
+const timeFormat = "2006-01-02T15:04:05.000000Z"
+
+// appendJSON appends the user as JSON. By hand, since this is what nearly
+// every answer consists of.
+func (u *user) appendJSON(b []byte) []byte {
+	b = append(b, `{"id":"`...)
+	b = append(b, u.ID...)
+	b = append(b, `","email":`...)
+	b = appendJSONString(b, u.Email)
+	b = append(b, `,"name":`...)
+	b = appendJSONString(b, u.Name)
+	b = append(b, `,"created_at":"`...)
+	b = u.CreatedAt.UTC().AppendFormat(b, timeFormat)
+	b = append(b, `","updated_at":"`...)
+	b = u.UpdatedAt.UTC().AppendFormat(b, timeFormat)
+	return append(b, `"}`...)
+}
+
+// version is what changes with every update of the user: its updated_at in
+// microseconds since 1970.
+func (u *user) version() string { return strconv.FormatInt(u.UpdatedAt.UnixMicro(), 10) }
+
+// etag is the version as a strong entity tag (RFC 9110, section 8.8.3).
+func (u *user) etag() string { return `"` + u.version() + `"` }
+
+// A userInput is the body of a create or an update; nil is an absent field.
+type userInput struct {
+	email, name *string
+}
+
+// readUserInput reads the body of r. Members other than email and name are
+// ignored, so that a client may send back the user that it got.
+func readUserInput(w http.ResponseWriter, r *http.Request) (in userInput, err error) {
+	body, err := readJSON(w, r)
+	if err != nil {
+		return in, err
+	}
+	var emailSeen, nameSeen bool
+	err = walkObject(body, func(member string, value []byte) error {
+		switch member {
+		case "email":
+			return setString(&in.email, &emailSeen, member, value)
+		case "name":
+			return setString(&in.name, &nameSeen, member, value)
+		}
+		return nil
+	})
+	var syntax *jsonError
+	switch {
+	case errors.As(err, &syntax):
+		return in, &failure{kind: kindMalformed, message: syntax.Error()}
+	case err == errNotObject:
+		return in, &failure{kind: kindShape, message: "The body must be a JSON object"}
+	}
+	return in, err
+}
+
+// setString sets field to the string in value, or to nil for null.
+func setString(field **string, seen *bool, name string, value []byte) error {
+	if *seen {
+		return &failure{kind: kindShape, message: name + " is given twice"}
+	}
+	*seen = true
+	if string(value) == "null" {
+		return nil
+	}
+	s, ok := jsonString(value)
+	if !ok {
+		return &failure{kind: kindShape, message: name + " must be a string"}
+	}
+	*field = &s
+	return nil
+}
+
+// validate checks the fields that are there. The error is a failure that names
+// the first bad one.
+func (in userInput) validate() error {
+	if in.email != nil && !validEmail(*in.email) {
+		return invalid("Invalid email address")
+	}
+	if in.name != nil {
+		switch name := *in.name; {
+		case strings.TrimSpace(name) == "":
+			return invalid("Name cannot be empty")
+		case utf8.RuneCountInString(name) > 255:
+			return invalid("Name cannot be longer than 255 characters")
+		case strings.Contains(name, "\x00"): // which PostgreSQL can't store
+			return invalid("Name cannot contain a NUL character")
+		}
+	}
+	return nil
+}
+
+// validEmail reports whether s is an address and nothing else: no display
+// name, no comment. 254 bytes is what a path of RFC 5321 has room for.
+func validEmail(s string) bool {
+	if len(s) > 254 {
+		return false
+	}
+	addr, err := mail.ParseAddress(s)
+	return err == nil && addr.Address == s
+}
+
+// users are the handlers of /api/v1/users.
+type users struct{ store *store }
+
+const usersPath = "/api/v1/users"
+
+func (h users) create(w http.ResponseWriter, r *http.Request) error {
+	in, err := readUserInput(w, r)
+	if err != nil {
+		return err
+	}
+	switch {
+	case in.email == nil:
+		return &failure{kind: kindShape, message: "Missing field: email"}
+	case in.name == nil:
+		return &failure{kind: kindShape, message: "Missing field: name"}
+	}
+	if err := in.validate(); err != nil {
+		return err
+	}
+	u, err := h.store.create(r.Context(), newUUID(), *in.email, *in.name)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Location", usersPath+"/"+u.ID)
+	return writeUser(w, &u)
+}
+
+// list answers with a page of users, newest first.
+func (h users) list(w http.ResponseWriter, r *http.Request) error {
+	q, err := parseListQuery(r.URL.RawQuery)
+	if err != nil {
+		return err
+	}
+	page, err := h.page(r.Context(), q)
+	if err != nil {
+		return err
+	}
+	if q.limit > 0 && int64(len(page)) > q.limit { // the one more that was asked for
+		page = page[:q.limit]
+		last := page[q.limit-1]
+		next := position{last.CreatedAt, last.ID}
+		w.Header().Set("Link", fmt.Sprintf(`<%s?limit=%d&cursor=%s>; rel="next"`, usersPath, q.limit, next.cursor()))
+	}
+	body := make([]byte, 0, 256*(len(page)+1))
+	body = append(body, '[')
+	for i := range page {
+		if i > 0 {
+			body = append(body, ',')
+		}
+		body = page[i].appendJSON(body)
+	}
+	writeBody(w, http.StatusOK, "application/json", append(body, ']'))
+	return nil
+}
+
+// page returns the users that q asks for, and one more if there is one.
+func (h users) page(ctx context.Context, q listQuery) ([]user, error) {
+	if q.email == nil {
+		if q.limit == 0 {
+			return nil, nil
+		}
+		return h.store.list(ctx, q.limit+1, q.offset, q.after)
+	}
+	u, err := h.store.find(ctx, *q.email)
+	switch {
+	case err == errNotFound:
+		return nil, nil
+	case err != nil || q.limit == 0 || q.offset > 0:
+		return nil, err
+	}
+	return []user{u}, nil
+}
+
+func (h users) get(w http.ResponseWriter, r *http.Request) error {
+	id, err := parseUUID(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	u, err := h.store.get(r.Context(), id)
+	if err != nil {
+		return err
+	}
+	when := parsePreconditions(r.Header)
+	switch {
+	case !when.matched(u.version()):
+		return errPrecondition
+	case !when.noneMatched(u.version()):
+		w.Header().Set("ETag", u.etag())
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	return writeUser(w, &u)
+}
+
+// update serves PUT and PATCH alike: both change the fields that are given.
+func (h users) update(w http.ResponseWriter, r *http.Request) error {
+	id, err := parseUUID(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	in, err := readUserInput(w, r)
+	if err != nil {
+		return err
+	}
+	if err := in.validate(); err != nil {
+		return err
+	}
+	u, err := h.store.update(r.Context(), id, in.email, in.name, parsePreconditions(r.Header))
+	if err != nil {
+		return err
+	}
+	return writeUser(w, &u)
+}
+
+func (h users) delete(w http.ResponseWriter, r *http.Request) error {
+	id, err := parseUUID(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	if err := h.store.delete(r.Context(), id, parsePreconditions(r.Header)); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Length", "0")
+	w.WriteHeader(http.StatusOK)
+	return nil
+}
+
+func writeUser(w http.ResponseWriter, u *user) error {
+	w.Header().Set("ETag", u.etag())
+	writeBody(w, http.StatusOK, "application/json", u.appendJSON(make([]byte, 0, 256)))
+	return nil
+}
+
+// A listQuery is what a request for the list asks for.
+type listQuery struct {
+	limit, offset int64
+	after         *position // where the page before ended
+	email         *string
+}
+
+// parseListQuery reads the query of a request for the list. Parameters that it
+// does not know are ignored; the failure names the one that is wrong.
+func parseListQuery(query string) (q listQuery, err error) {
+	q.limit = 20
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return q, invalid("the query is not well formed")
+	}
+	for name, given := range values {
+		switch name {
+		case "limit":
+			q.limit, err = parseCount(name, given[0], 1000)
+		case "offset":
+			q.offset, err = parseCount(name, given[0], 1<<62)
+		case "cursor":
+			q.after, err = parseCursor(given[0])
+		case "email":
+			if s := given[0]; s == "" || len(s) > 1020 || !utf8.ValidString(s) || strings.Contains(s, "\x00") {
+				err = invalid("email must be an address to look for")
+			}
+			q.email = &given[0]
+		default:
+			continue
+		}
+		if err == nil && len(given) > 1 {
+			err = invalid(name + " is given twice")
+		}
+		if err != nil {
+			return q, err
+		}
+	}
+	if q.after != nil && (values.Has("offset") || q.email != nil) {
+		return q, invalid("cursor goes with neither offset nor email")
+	}
+	return q, nil
+}
+
+// parseCount reads a query parameter of decimal digits, from 0 to most.
+func parseCount(name, s string, most int64) (int64, error) {
+	n, err := strconv.ParseUint(s, 10, 63)
+	if err != nil || int64(n) > most {
+		return 0, invalid(fmt.Sprintf("%s must be a number from 0 to %d", name, most))
+	}
+	return int64(n), nil
+}
+
+// A position is a place in the list: right behind the user with these values.
+type position struct {
+	createdAt time.Time
+	id        string
+}
+
+// cursor returns the position in the form that clients carry around: 8 bytes
+// of microseconds, 16 of id, 4 of checksum. The checksum catches a mangled
+// cursor; forging one gains nothing that an offset would not give.
+func (p position) cursor() string {
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, 28), uint64(p.createdAt.UnixMicro()))
+	id, _ := hex.DecodeString(strings.ReplaceAll(p.id, "-", ""))
+	b = append(b, id...)
+	b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
+	return base64.RawURLEncoding.EncodeToString(b)
+}
+
+// parseCursor is the inverse of [position.cursor].
+func parseCursor(s string) (*position, error) {
+	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
+	if err != nil || len(s) != 38 || len(b) != 28 || binary.BigEndian.Uint32(b[24:]) != crc32.ChecksumIEEE(b[:24]) {
+		return nil, invalid("cursor is damaged: follow the Link of the page before as it is")
+	}
+	micros := int64(binary.BigEndian.Uint64(b))
+	if t := time.UnixMicro(micros).UTC(); t.Year() >= 1 && t.Year() <= 9999 { // what RFC 3339 can spell
+		return &position{t, formatUUID([16]byte(b[8:24]))}, nil
+	}
+	return nil, invalid("cursor is out of range")
+}
+
+// preconditions are the If-Match and If-None-Match of a request (RFC 9110,
+// section 13.1): comma-separated versions, nil where the field is absent.
+type preconditions struct {
+	match, noneMatch *string
+}
+
+func (p preconditions) some() bool { return p.match != nil || p.noneMatch != nil }
+
+// matched reports whether If-Match, if given, allows the version.
+func (p preconditions) matched(version string) bool {
+	return p.match == nil || holds(*p.match, version)
+}
+
+// noneMatched reports whether If-None-Match, if given, allows the version.
+func (p preconditions) noneMatched(version string) bool {
+	return p.noneMatch == nil || !holds(*p.noneMatch, version)
+}
+
+// holds reports whether a list of comma-separated versions, or "*", has version.
+func holds(list, version string) bool {
+	if list == "*" {
+		return true
+	}
+	for v := range strings.SplitSeq(list, ",") {
+		if v == version {
+			return true
+		}
+	}
+	return false
+}
+
+// parsePreconditions reads the two fields. A tag that can't be one of ours
+// matches nothing, and so does anything that is not a tag at all: a request
+// with a broken If-Match fails rather than overwrite what it meant to protect.
+func parsePreconditions(h http.Header) (p preconditions) {
+	if fields := h["If-Match"]; len(fields) > 0 {
+		if list := parseTags(fields, false); list != "*" { // which every user matches
+			p.match = &list
+		}
+	}
+	if fields := h["If-None-Match"]; len(fields) > 0 {
+		list := parseTags(fields, true)
+		p.noneMatch = &list
+	}
+	return p
+}
+
+// parseTags returns the versions of a list of entity tags, separated by
+// commas, or "*". If-None-Match compares weakly, so W/ doesn't count there;
+// for If-Match a weak tag never matches (RFC 9110, section 8.8.3.2).
+func parseTags(fields []string, weak bool) string {
+	var versions []string
+	for _, field := range fields {
+		for tag := range strings.SplitSeq(field, ",") { // a comma within a tag can't be in ours
+			tag = strings.TrimSpace(tag)
+			if tag == "*" {
+				return "*"
+			}
+			if weak {
+				tag = strings.TrimPrefix(tag, "W/")
+			}
+			if len(tag) > 2 && len(tag) <= 22 && tag[0] == '"' && tag[len(tag)-1] == '"' &&
+				strings.Trim(tag[1:len(tag)-1], "-0123456789") == "" {
+				versions = append(versions, tag[1:len(tag)-1])
+			}
+		}
+	}
+	return strings.Join(versions, ",")
+}
+
+// newUUID returns a new UUID of version 7 (RFC 9562, section 5.7): the time in
+// milliseconds, so that ids made one after the other stand side by side in the
+// index, then 74 random bits.
+func newUUID() string {
+	var b [16]byte
+	rand.Read(b[6:]) // never fails: crypto/rand ends the program instead
+	ms := time.Now().UnixMilli()
+	binary.BigEndian.PutUint32(b[:], uint32(ms>>16))
+	binary.BigEndian.PutUint16(b[4:], uint16(ms))
+	b[6] = b[6]&0x0f | 0x70 // version
+	b[8] = b[8]&0x3f | 0x80 // variant
+	return formatUUID(b)
+}
+
+func formatUUID(b [16]byte) string {
+	s := make([]byte, 0, 36)
+	for i, part := range [][]byte{b[:4], b[4:6], b[6:8], b[8:10], b[10:]} {
+		if i > 0 {
+			s = append(s, '-')
+		}
+		s = hex.AppendEncode(s, part)
+	}
+	return string(s)
+}
+
+// parseUUID returns s, a UUID of any version with hyphens, in lower case.
+func parseUUID(s string) (string, error) {
+	ok := len(s) == 36
+	for i := 0; ok && i < len(s); i++ {
+		switch c := s[i]; i {
+		case 8, 13, 18, 23:
+			ok = c == '-'
+		default:
+			ok = '0' <= c && c <= '9' || 'a' <= c|0x20 && c|0x20 <= 'f'
+		}
+	}
+	if !ok {
+		return "", invalid("id must be a UUID")
+	}
+	return strings.ToLower(s), nil
+}

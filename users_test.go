@@ -1,0 +1,745 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// The API as its callers see it, on a real PostgreSQL.
+
+// The original's two integration tests.
+
+func TestOriginalHealthCheck(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	resp, err := http.Get(s.url + "/health")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != http.StatusOK || string(body) != "OK" {
+		t.Errorf("GET /health: %d %q, want 200 OK", resp.StatusCode, body)
+	}
+}
+
+func TestOriginalCreateUser(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	resp, err := http.Post(s.url+"/api/v1/users", "application/json",
+		strings.NewReader(`{"email":"test@example.com","name":"Test User"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("POST: %d, want 200", resp.StatusCode)
+	}
+	var created struct{ Email, Name string }
+	if err := json.NewDecoder(resp.Body).Decode(&created); err != nil {
+		t.Fatal(err)
+	}
+	if created.Email != "test@example.com" || created.Name != "Test User" {
+		t.Errorf("created %+v", created)
+	}
+}
+
+const noSuchID = "00000000-0000-4000-8000-000000000000"
+
+// errorBody is the one form of an error.
+func errorBody(status int, message string) string {
+	return fmt.Sprintf(`{"error":{"message":%s,"code":%d}}`, appendJSONString(nil, message), status)
+}
+
+func wantError(t *testing.T, a answer, status int, message string) {
+	t.Helper()
+	if want := errorBody(status, message); a.status != status || a.body != want {
+		t.Errorf("got %d %s\nwant %d %s", a.status, a.body, status, want)
+	}
+	if got := a.header.Get("Content-Type"); got != "application/json" {
+		t.Errorf("Content-Type of an error: %q", got)
+	}
+}
+
+// newUser creates a user and returns its answer.
+func newUser(s *service, email string) answer {
+	s.t.Helper()
+	a := s.call("POST", usersPath, fmt.Sprintf(`{"email":%q,"name":"Test"}`, email))
+	if a.status != 200 {
+		s.t.Fatalf("create %s: %d %s", email, a.status, a.body)
+	}
+	return a
+}
+
+var userForm = regexp.MustCompile(`^\{"id":"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",` +
+	`"email":"[^"]*","name":".*","created_at":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z","updated_at":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"\}$`)
+
+func TestCreate(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	a := s.call("POST", usersPath, `{"email":"Ada@Example.com","name":" Ada <b>&\"\u00e9\n","admin":true}`)
+	u := a.user(t)
+	if !userForm.MatchString(a.body) {
+		t.Errorf("form of a user: %s", a.body)
+	}
+	if u["email"] != "Ada@Example.com" || u["name"] != " Ada <b>&\"é\n" {
+		t.Errorf("not stored as given: %s", a.body)
+	}
+	if !strings.Contains(a.body, `<b>&`) {
+		t.Errorf("<, > and & are escaped: %s", a.body)
+	}
+	if u["created_at"] != u["updated_at"] {
+		t.Errorf("a new user was updated: %s", a.body)
+	}
+	if got := a.header.Get("Location"); got != usersPath+"/"+u["id"] {
+		t.Errorf("Location: %q", got)
+	}
+	got := s.call("GET", a.header.Get("Location"), "")
+	if got.body != a.body || got.header.Get("ETag") != a.header.Get("ETag") || got.header.Get("ETag") == "" {
+		t.Errorf("GET answers %s %s\nPOST answered %s %s", got.header.Get("ETag"), got.body, a.header.Get("ETag"), a.body)
+	}
+}
+
+// badBodies are what create and update refuse alike.
+var badBodies = []struct {
+	name, body string
+	fields     []string
+	status     int
+	message    string
+}{
+	{"no body", "", nil, 415, "Content-Type must be application/json"},
+	{"form", "email=a", []string{"Content-Type: application/x-www-form-urlencoded"}, 415, "Content-Type must be application/json"},
+	{"no type", `{}`, []string{"Content-Type:"}, 415, "Content-Type must be application/json"},
+	{"coded", `{}`, []string{"Content-Encoding: gzip"}, 415, "Content-Encoding is not supported"},
+	{"empty", "", []string{"Content-Type: application/json"}, 400, "The body is empty: a JSON object is expected"},
+	{"syntax", `{"email":}`, nil, 400, "Malformed JSON at byte 10: invalid character '}' looking for beginning of value"},
+	{"trailing data", `{} {}`, nil, 400, "Malformed JSON at byte 4: invalid character '{' after top-level value"},
+	{"not UTF-8", "{\"name\":\"\xff\"}", nil, 400, "Malformed JSON at byte 9: the text is not UTF-8"},
+	{"lone surrogate", `{"name":"\ud800"}`, nil, 400, "Malformed JSON at byte 9: a surrogate without its other half"},
+	{"too deep", `{"x":` + strings.Repeat("[", 20000) + strings.Repeat("]", 20000) + `}`, nil, 400, "Malformed JSON at byte 10005: invalid character '[' exceeded max depth"},
+	{"null", "null", nil, 422, "The body must be a JSON object"},
+	{"array", "[]", nil, 422, "The body must be a JSON object"},
+	{"string", `"x"`, nil, 422, "The body must be a JSON object"},
+	{"email of another type", `{"email":1,"name":"x"}`, nil, 422, "email must be a string"},
+	{"name of another type", `{"email":"a@example.com","name":["x"]}`, nil, 422, "name must be a string"},
+	{"email twice", `{"email":"a@example.com","name":"x","email":"b@example.com"}`, nil, 422, "email is given twice"},
+	{"name twice, escaped", `{"email":"a@example.com","name":"x","n\u0061me":null}`, nil, 422, "name is given twice"},
+	{"email empty", `{"email":"","name":"x"}`, nil, 400, "Validation error: Invalid email address"},
+	{"email no address", `{"email":"nobody","name":"x"}`, nil, 400, "Validation error: Invalid email address"},
+	{"email with display name", `{"email":"A <a@example.com>","name":"x"}`, nil, 400, "Validation error: Invalid email address"},
+	{"email with spaces", `{"email":" a@example.com","name":"x"}`, nil, 400, "Validation error: Invalid email address"},
+	{"email with NUL", `{"email":"a\u0000@example.com","name":"x"}`, nil, 400, "Validation error: Invalid email address"},
+	{"email of 255 bytes", `{"email":"` + strings.Repeat("a", 243) + `@example.com","name":"x"}`, nil, 400, "Validation error: Invalid email address"},
+	{"name blank", `{"email":"a@example.com","name":" \t\u00a0"}`, nil, 400, "Validation error: Name cannot be empty"},
+	{"name of 256 characters", `{"email":"a@example.com","name":"` + strings.Repeat("é", 256) + `"}`, nil, 400, "Validation error: Name cannot be longer than 255 characters"},
+	{"name with NUL", `{"email":"a@example.com","name":"a\u0000"}`, nil, 400, "Validation error: Name cannot contain a NUL character"},
+	{"too large", `{"x":"` + strings.Repeat("x", 1<<20) + `"}`, nil, 413, "The body is larger than 1048576 bytes"},
+}
+
+func TestCreateErrors(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	newUser(s, "taken@example.com")
+	for _, test := range badBodies {
+		t.Run(test.name, func(t *testing.T) {
+			wantError(t, s.call("POST", usersPath, test.body, test.fields...), test.status, test.message)
+		})
+	}
+	for _, test := range []struct {
+		name, body string
+		status     int
+		message    string
+	}{
+		{"email missing", `{"name":"x"}`, 422, "Missing field: email"},
+		{"name missing", `{"email":"a@example.com"}`, 422, "Missing field: name"},
+		{"email null", `{"email":null,"name":"x"}`, 422, "Missing field: email"},
+		{"names are exact", `{"EMAIL":"a@example.com","name":"x"}`, 422, "Missing field: email"},
+		{"email taken", `{"email":"taken@example.com","name":"x"}`, 409, "Email already in use"},
+		{"email taken, letter case ignored", `{"email":"TAKEN@example.COM","name":"x"}`, 409, "Email already in use"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			wantError(t, s.call("POST", usersPath, test.body), test.status, test.message)
+		})
+	}
+	if n := len(s.call("GET", usersPath, "").users(t)); n != 1 {
+		t.Errorf("%d users after only refused creates, want the 1 from before", n)
+	}
+}
+
+func TestCreateBorders(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	for _, test := range []struct{ name, body, contentType string }{
+		{"email of 254 bytes", `{"email":"` + strings.Repeat("a", 242) + `@example.com","name":"x"}`, "application/json"},
+		{"name of 255 characters", `{"email":"b@example.com","name":"` + strings.Repeat("😀", 255) + `"}`, "application/json; charset=utf-8"},
+		{"surrogate pair", `{"email":"c@example.com","name":"\ud83d\ude00"}`, "application/merge-patch+json"},
+		{"white space", " \n{ \"email\" : \"d@example.com\" , \"name\" : \"x\" }\t", "Application/JSON"},
+		{"unknown twice", `{"x":1,"email":"e@example.com","x":{"email":0},"name":"x"}`, "application/json"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s.call("POST", usersPath, test.body, "Content-Type: "+test.contentType).user(t)
+		})
+	}
+}
+
+func TestGet(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	a := newUser(s, "a@example.com")
+	path, tag := a.header.Get("Location"), a.header.Get("ETag")
+	if got := s.call("GET", usersPath+"/"+strings.ToUpper(path[len(usersPath)+1:]), ""); got.body != a.body {
+		t.Errorf("id in upper case: %d %s", got.status, got.body)
+	}
+	head := s.call("HEAD", path, "")
+	if head.status != 200 || head.body != "" || head.header.Get("ETag") != tag || head.header.Get("Content-Length") != fmt.Sprint(len(a.body)) {
+		t.Errorf("HEAD: %d %q %v", head.status, head.body, head.header)
+	}
+	for _, test := range []struct {
+		name, field string
+		status      int
+	}{
+		{"the version that it is", "If-None-Match: " + tag, 304},
+		{"weak comparison", "If-None-Match: W/" + tag, 304},
+		{"one of several", `If-None-Match: "x", ` + tag, 304},
+		{"any", "If-None-Match: *", 304},
+		{"another", `If-None-Match: "1"`, 200},
+		{"not a tag", "If-None-Match: " + strings.Trim(tag, `"`), 200},
+		{"If-Match, the version that it is", "If-Match: " + tag, 200},
+		{"If-Match, another", `If-Match: "1"`, 412},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := s.call("GET", path, "", test.field)
+			if got.status != test.status {
+				t.Errorf("got %d %s, want %d", got.status, got.body, test.status)
+			}
+			if got.status == 304 && (got.body != "" || got.header.Get("ETag") != tag) {
+				t.Errorf("304 with %q and ETag %q", got.body, got.header.Get("ETag"))
+			}
+		})
+	}
+	wantError(t, s.call("GET", usersPath+"/"+noSuchID, ""), 404, "Resource not found")
+	wantError(t, s.call("GET", usersPath+"/"+noSuchID, "", "If-None-Match: *"), 404, "Resource not found")
+	for _, id := range []string{"1", noSuchID + "0", strings.ReplaceAll(noSuchID, "-", ""), "{" + noSuchID + "}", strings.Replace(noSuchID, "0", "g", 1), "%00"} {
+		wantError(t, s.call("GET", usersPath+"/"+id, ""), 400, "Validation error: id must be a UUID")
+	}
+}
+
+func TestUpdate(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	for _, method := range []string{"PUT", "PATCH"} {
+		t.Run(method, func(t *testing.T) {
+			before := newUser(s, strings.ToLower(method)+"@example.com")
+			path := before.header.Get("Location")
+			for _, test := range []struct{ name, body, email, userName string }{
+				{"name", `{"name":"New"}`, before.user(t)["email"], "New"},
+				{"email", `{"email":"new-` + before.user(t)["email"] + `"}`, "new-" + before.user(t)["email"], "New"},
+				{"letter case of the own address", `{"email":"NEW-` + before.user(t)["email"] + `"}`, "NEW-" + before.user(t)["email"], "New"},
+				{"null leaves as it is", `{"email":null,"name":"Newer"}`, "NEW-" + before.user(t)["email"], "Newer"},
+				{"nothing", `{}`, "NEW-" + before.user(t)["email"], "Newer"},
+			} {
+				t.Run(test.name, func(t *testing.T) {
+					old := s.call("GET", path, "")
+					a := s.call(method, path, test.body)
+					u, was := a.user(t), old.user(t)
+					if u["email"] != test.email || u["name"] != test.userName {
+						t.Errorf("got %s", a.body)
+					}
+					if u["id"] != was["id"] || u["created_at"] != was["created_at"] || u["updated_at"] <= was["updated_at"] {
+						t.Errorf("before %s\nafter  %s", old.body, a.body)
+					}
+					if a.header.Get("ETag") == old.header.Get("ETag") {
+						t.Errorf("ETag stays %s", a.header.Get("ETag"))
+					}
+					if got := s.call("GET", path, ""); got.body != a.body || got.header.Get("ETag") != a.header.Get("ETag") {
+						t.Errorf("GET answers %s", got.body)
+					}
+				})
+			}
+			back := s.call(method, path, before.body) // a client may PUT back what it got
+			if u, was := back.user(t), before.user(t); u["email"] != was["email"] || u["name"] != was["name"] || u["id"] != was["id"] {
+				t.Errorf("put back %s\ngot %s", before.body, back.body)
+			}
+		})
+	}
+}
+
+func TestUpdateErrors(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	newUser(s, "taken@example.com")
+	before := newUser(s, "mine@example.com")
+	path := before.header.Get("Location")
+	for _, test := range badBodies {
+		t.Run(test.name, func(t *testing.T) {
+			wantError(t, s.call("PUT", path, test.body, test.fields...), test.status, test.message)
+		})
+	}
+	wantError(t, s.call("PUT", path, `{"email":"Taken@Example.com"}`), 409, "Email already in use")
+	wantError(t, s.call("PATCH", usersPath+"/"+noSuchID, `{"name":"x"}`), 404, "Resource not found")
+	wantError(t, s.call("PATCH", usersPath+"/"+noSuchID, `{"name":"x"}`, "If-Match: *"), 404, "Resource not found")
+	wantError(t, s.call("PUT", usersPath+"/x", `{"name":"x"}`), 400, "Validation error: id must be a UUID")
+	if got := s.call("GET", path, ""); got.body != before.body {
+		t.Errorf("changed by refused updates:\nbefore %s\nafter  %s", before.body, got.body)
+	}
+}
+
+func TestConditionalWrites(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	const stale = "The user is not in the version that the precondition asks for"
+	for i, test := range []struct {
+		name   string
+		fields []string // %s: the tag of the user
+		ok     bool
+	}{
+		{"no condition", nil, true},
+		{"the version that it is", []string{"If-Match: %s"}, true},
+		{"one of several", []string{`If-Match: "1", "a,b", %s`}, true},
+		{"in a second field", []string{`If-Match: "1"`, "If-Match: %s"}, true},
+		{"any", []string{"If-Match: *"}, true},
+		{"another version", []string{`If-Match: "1"`}, false},
+		{"a weak tag", []string{"If-Match: W/%s"}, false},
+		{"not a tag", []string{"If-Match: 1"}, false},
+		{"an empty tag", []string{`If-Match: ""`}, false},
+		{"If-None-Match, any", []string{"If-None-Match: *"}, false},
+		{"If-None-Match, the version that it is", []string{"If-None-Match: W/%s"}, false},
+		{"If-None-Match, another", []string{`If-None-Match: "1"`}, true},
+	} {
+		for _, method := range []string{"PUT", "PATCH", "DELETE"} {
+			t.Run(method+" "+test.name, func(t *testing.T) {
+				before := newUser(s, fmt.Sprintf("%d-%s@example.com", i, method))
+				path := before.header.Get("Location")
+				var fields []string
+				for _, f := range test.fields {
+					fields = append(fields, strings.ReplaceAll(f, "%s", before.header.Get("ETag")))
+				}
+				body := `{"name":"x"}`
+				if method == "DELETE" {
+					body = ""
+				}
+				a := s.call(method, path, body, fields...)
+				after := s.call("GET", path, "")
+				switch {
+				case !test.ok:
+					wantError(t, a, 412, stale)
+					if after.body != before.body {
+						t.Errorf("refused, and yet now %s", after.body)
+					}
+				case a.status != 200:
+					t.Errorf("got %d %s", a.status, a.body)
+				case method == "DELETE" && (a.body != "" || after.status != 404):
+					t.Errorf("answered %q, and now %d", a.body, after.status)
+				}
+			})
+		}
+	}
+}
+
+func TestDelete(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	a := newUser(s, "a@example.com")
+	path := a.header.Get("Location")
+	if got := s.call("DELETE", path, ""); got.status != 200 || got.body != "" || got.header.Get("Content-Length") != "0" {
+		t.Errorf("DELETE: %d %q", got.status, got.body)
+	}
+	wantError(t, s.call("DELETE", path, ""), 404, "Resource not found")
+	wantError(t, s.call("DELETE", path, "", "If-Match: *"), 404, "Resource not found")
+	wantError(t, s.call("GET", path, ""), 404, "Resource not found")
+	wantError(t, s.call("DELETE", usersPath+"/x", ""), 400, "Validation error: id must be a UUID")
+	newUser(s, "A@example.com") // the address is free again
+}
+
+func TestListQuery(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	var newest []string
+	for i := range 30 {
+		newest = append([]string{newUser(s, fmt.Sprintf("u%02d@example.com", i)).user(t)["id"]}, newest...)
+	}
+	cursor := regexp.MustCompile(`cursor=([^>&]*)`).FindStringSubmatch(s.call("GET", usersPath+"?limit=10", "").header.Get("Link"))[1]
+	for _, test := range []struct {
+		query string
+		want  []string
+		next  bool
+	}{
+		{"", newest[:20], true},
+		{"?limit=30", newest, false},
+		{"?limit=29", newest[:29], true},
+		{"?limit=1000", newest, false},
+		{"?limit=0", nil, false},
+		{"?offset=25", newest[25:], false},
+		{"?limit=5&offset=20", newest[20:25], true},
+		{"?limit=5&offset=25", newest[25:], false},
+		{"?offset=30", nil, false},
+		{"?offset=4611686018427387904", nil, false},
+		{"?cursor=" + cursor, newest[10:], false},
+		{"?limit=3&cursor=" + cursor, newest[10:13], true},
+		{"?email=u07@example.com", newest[22:23], false},
+		{"?email=U07%40EXAMPLE.com&limit=5&offset=0", newest[22:23], false},
+		{"?email=u07@example.com&limit=0", nil, false},
+		{"?email=u07@example.com&offset=1", nil, false},
+		{"?email=nobody@example.com", nil, false},
+		{"?email=%25", nil, false},
+		{"?unknown=1&unknown=2", newest[:20], true},
+	} {
+		t.Run(test.query, func(t *testing.T) {
+			a := s.call("GET", usersPath+test.query, "")
+			var got []string
+			for _, u := range a.users(t) {
+				got = append(got, u["id"])
+			}
+			if !slices.Equal(got, test.want) {
+				t.Errorf("got %d users, want %d:\n%v\n%v", len(got), len(test.want), got, test.want)
+			}
+			if next := strings.HasSuffix(a.header.Get("Link"), `>; rel="next"`); next != test.next {
+				t.Errorf("Link: %q", a.header.Get("Link"))
+			}
+		})
+	}
+	damaged := "A" + cursor[1:]
+	if damaged == cursor {
+		damaged = "B" + cursor[1:]
+	}
+	for _, test := range []struct{ query, message string }{
+		{"limit=", "limit must be a number from 0 to 1000"},
+		{"limit=-1", "limit must be a number from 0 to 1000"},
+		{"limit=%2B1", "limit must be a number from 0 to 1000"},
+		{"limit=1001", "limit must be a number from 0 to 1000"},
+		{"limit=99999999999999999999", "limit must be a number from 0 to 1000"},
+		{"limit=ten", "limit must be a number from 0 to 1000"},
+		{"limit=1&limit=2", "limit is given twice"},
+		{"offset=", "offset must be a number from 0 to 4611686018427387904"},
+		{"offset=-1", "offset must be a number from 0 to 4611686018427387904"},
+		{"offset=9223372036854775808", "offset must be a number from 0 to 4611686018427387904"},
+		{"email=", "email must be an address to look for"},
+		{"email=%00", "email must be an address to look for"},
+		{"email=%ff", "email must be an address to look for"},
+		{"email=" + strings.Repeat("a", 1021), "email must be an address to look for"},
+		{"email=a&email=b", "email is given twice"},
+		{"cursor=", "cursor is damaged: follow the Link of the page before as it is"},
+		{"cursor=x", "cursor is damaged: follow the Link of the page before as it is"},
+		{"cursor=" + damaged, "cursor is damaged: follow the Link of the page before as it is"},
+		{"cursor=" + cursor + "&offset=0", "cursor goes with neither offset nor email"},
+		{"cursor=" + cursor + "&email=a", "cursor goes with neither offset nor email"},
+		{"limit=%zz", "the query is not well formed"},
+		{"limit=1;offset=1", "the query is not well formed"},
+	} {
+		t.Run(test.query, func(t *testing.T) {
+			wantError(t, s.call("GET", usersPath+"?"+test.query, ""), 400, "Validation error: "+test.message)
+		})
+	}
+	if head := s.call("HEAD", usersPath+"?limit=1", ""); head.status != 200 || head.body != "" || head.header.Get("Link") == "" {
+		t.Errorf("HEAD: %d %q %v", head.status, head.body, head.header)
+	}
+	empty := newService(t)
+	if a := empty.call("GET", usersPath, ""); a.body != "[]" || a.status != 200 {
+		t.Errorf("no users: %d %s", a.status, a.body)
+	}
+}
+
+// While others insert, a walk by Link sees each user of its beginning once.
+func TestPagingWhileInserting(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	const rows = 3000
+	// Many share their created_at, so that the id has to decide.
+	mustExec(t, s.db, `INSERT INTO users (id, email, name, created_at)
+		SELECT gen_random_uuid(), 'u' || i || '@example.com', 'x', timestamptz '2024-01-01Z' + i / 50 * interval '1 microsecond'
+		FROM generate_series(1, $1) i`, rows)
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for worker := range 4 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if a, err := s.try("POST", usersPath, fmt.Sprintf(`{"email":"new-%d-%d@example.com","name":"x"}`, worker, i)); err != nil || a.status != 200 {
+					t.Errorf("create: %v %v", a, err)
+					return
+				}
+			}
+		})
+	}
+	seen := make(map[string]int)
+	path := usersPath + "?limit=17"
+	for pages := 0; path != ""; pages++ {
+		if pages > rows {
+			t.Fatal("no end")
+		}
+		a := s.call("GET", path, "")
+		for _, u := range a.users(t) {
+			seen[u["email"]]++
+		}
+		path, _, _ = strings.Cut(strings.TrimPrefix(a.header.Get("Link"), "<"), ">")
+	}
+	close(stop)
+	wg.Wait()
+	for i := range rows {
+		if n := seen[fmt.Sprintf("u%d@example.com", i+1)]; n != 1 {
+			t.Fatalf("u%d was seen %d times", i+1, n)
+		}
+	}
+	for email, n := range seen {
+		if n != 1 {
+			t.Errorf("%s was seen %d times", email, n)
+		}
+	}
+}
+
+// Of all who create one address at once, one wins.
+func TestConcurrentCreates(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	statuses := make([]int, 100)
+	var wg sync.WaitGroup
+	for i := range statuses {
+		wg.Go(func() {
+			email := []byte("same@example.com")
+			if i%2 == 0 {
+				email = bytes.ToUpper(email)
+			}
+			a, err := s.try("POST", usersPath, fmt.Sprintf(`{"email":"%s","name":"x"}`, email))
+			if err != nil {
+				t.Error(err)
+			}
+			statuses[i] = a.status
+		})
+	}
+	wg.Wait()
+	slices.Sort(statuses)
+	if statuses[0] != 200 || statuses[1] != 409 || statuses[99] != 409 {
+		t.Errorf("statuses: %v", statuses)
+	}
+	if n := len(s.call("GET", usersPath, "").users(t)); n != 1 {
+		t.Errorf("%d users", n)
+	}
+}
+
+// With If-Match, none of 200 concurrent read-change-write rounds is lost.
+func TestConcurrentConditionalUpdates(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	a := s.call("POST", usersPath, `{"email":"counter@example.com","name":"0"}`)
+	path := a.header.Get("Location")
+	tags := sync.Map{}
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			for {
+				got, err := s.try("GET", path, "")
+				if err != nil || got.status != 200 {
+					t.Errorf("GET: %v %v", got, err)
+					return
+				}
+				var n int
+				fmt.Sscan(got.user(t)["name"], &n)
+				put, err := s.try("PUT", path, fmt.Sprintf(`{"name":"%d"}`, n+1), "If-Match: "+got.header.Get("ETag"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				switch put.status {
+				case 200:
+					if _, twice := tags.LoadOrStore(put.header.Get("ETag"), true); twice {
+						t.Errorf("ETag %s for two versions", put.header.Get("ETag"))
+					}
+					return
+				case 412:
+				default:
+					t.Errorf("PUT: %d %s", put.status, put.body)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if name := s.call("GET", path, "").user(t)["name"]; name != "200" {
+		t.Errorf("200 updates, and the name is %q", name)
+	}
+}
+
+// updated_at moves on even from a time that the clock has not reached.
+func TestVersionMovesForward(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	path := newUser(s, "a@example.com").header.Get("Location")
+	mustExec(t, s.db, "UPDATE users SET updated_at = now() + interval '1 hour'")
+	last := s.call("GET", path, "").user(t)["updated_at"]
+	for range 3 {
+		next := s.call("PUT", path, `{"name":"x"}`).user(t)["updated_at"]
+		if next <= last {
+			t.Errorf("%s comes after %s", next, last)
+		}
+		last = next
+	}
+}
+
+func TestMethods(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	one := usersPath + "/" + noSuchID
+	for _, test := range []struct{ path, allow string }{
+		{"/health", "GET, HEAD, OPTIONS"},
+		{"/health/ready", "GET, HEAD, OPTIONS"},
+		{usersPath, "GET, HEAD, POST, OPTIONS"},
+		{one, "GET, HEAD, PUT, PATCH, DELETE, OPTIONS"},
+	} {
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"} {
+			t.Run(method+" "+test.path, func(t *testing.T) {
+				a := s.call(method, test.path, "")
+				known := slices.Contains(strings.Split(test.allow, ", "), method)
+				switch {
+				case method == "OPTIONS" && (a.status != 204 || a.header.Get("Allow") != test.allow):
+					t.Errorf("got %d, Allow %q", a.status, a.header.Get("Allow"))
+				case known && a.status == 405:
+					t.Error("got 405")
+				case !known:
+					if a.header.Get("Allow") != test.allow {
+						t.Errorf("Allow: %q", a.header.Get("Allow"))
+					}
+					wantError(t, a, 405, "Method not allowed")
+				}
+			})
+		}
+	}
+	for _, path := range []string{"/", "/healthz", "/health/", "/api", "/api/", "/api/v1", "/api/v1/users/", "/api/v2/users", one + "/x", "/favicon.ico"} {
+		wantError(t, s.call("GET", path, ""), 404, "Resource not found")
+	}
+}
+
+func TestProblemDetails(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	a := s.call("GET", usersPath+"/"+noSuchID, "", "Accept: application/problem+json, application/json;q=0.5")
+	want := `{"type":"about:blank","title":"Not Found","status":404,"detail":"Resource not found"}`
+	if a.status != 404 || a.body != want || a.header.Get("Content-Type") != "application/problem+json" || a.header.Get("Vary") != "Accept" {
+		t.Errorf("got %d %s %v\nwant %s", a.status, a.body, a.header, want)
+	}
+	a = s.call("GET", usersPath+"/"+noSuchID, "", "Accept: */*, application/problem+json;q=0")
+	wantError(t, a, 404, "Resource not found")
+}
+
+func TestGzipOfLists(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	for range 20 {
+		newUser(s, fmt.Sprintf("%d@example.com", rand.Uint64()))
+	}
+	plain := s.call("GET", usersPath, "")
+	packed := s.call("GET", usersPath, "", "Accept-Encoding: gzip")
+	if plain.header.Get("Content-Encoding") != "" || packed.header.Get("Content-Encoding") != "gzip" {
+		t.Errorf("Content-Encoding: %q and %q", plain.header.Get("Content-Encoding"), packed.header.Get("Content-Encoding"))
+	}
+	if plain.header.Get("Vary") != "Accept-Encoding" || packed.header.Get("Vary") != "Accept-Encoding" {
+		t.Errorf("Vary: %q and %q", plain.header.Get("Vary"), packed.header.Get("Vary"))
+	}
+	if len(packed.body) >= len(plain.body) {
+		t.Errorf("%d bytes packed, %d plain", len(packed.body), len(plain.body))
+	}
+}
+
+func TestAuthOfTheAPI(t *testing.T) {
+	t.Parallel()
+	const secret = "0123456789abcdef0123456789abcdef"
+	s := newService(t, "AUTH=jwt", "JWT_SECRET="+secret, "JWT_AUDIENCE=rollcall")
+	bearer := func(scope string) string {
+		return "Authorization: Bearer " + mintToken([]byte(secret), grant{subject: "alice", scope: scope, audience: "rollcall", ttl: time.Minute}, time.Now())
+	}
+	for _, test := range []struct {
+		name, method, path, body, token string
+		status                          int
+	}{
+		{"no token", "GET", usersPath, "", "X: y", 401},
+		{"no token, unknown route", "GET", "/api/x", "", "X: y", 401},
+		{"no token, other method", "BREW", usersPath, "", "X: y", 401},
+		{"token in the query", "GET", usersPath + "?access_token=x", "", "X: y", 401},
+		{"read", "GET", usersPath, "", bearer("users:read"), 200},
+		{"read, HEAD", "HEAD", usersPath, "", bearer("users:read"), 200},
+		{"read, unknown route", "GET", "/api/x", "", bearer("users:read"), 404},
+		{"read does not include write", "POST", usersPath, `{}`, bearer("users:read"), 403},
+		{"write does not include read", "GET", usersPath, "", bearer("users:write"), 403},
+		{"write", "POST", usersPath, `{"email":"a@example.com","name":"A"}`, bearer("users:write"), 200},
+		{"no scope at all", "GET", usersPath, "", bearer(""), 200},
+		{"health needs none", "GET", "/health", "", "X: y", 200},
+		{"readiness needs none", "GET", "/health/ready", "", "X: y", 200},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a := s.call(test.method, test.path, test.body, test.token)
+			if a.status != test.status {
+				t.Errorf("got %d %s, want %d", a.status, a.body, test.status)
+			}
+			if challenge := a.header.Get("WWW-Authenticate"); (challenge != "") != (a.status == 401 || a.status == 403) {
+				t.Errorf("WWW-Authenticate: %q", challenge)
+			}
+		})
+	}
+}
+
+func FuzzCursor(f *testing.F) {
+	p := position{time.UnixMicro(1700000000123456), noSuchID}
+	f.Add(p.cursor())
+	f.Add(position{time.UnixMicro(-1), noSuchID}.cursor())
+	f.Add("")
+	f.Fuzz(func(t *testing.T, s string) {
+		p, err := parseCursor(s)
+		if err != nil {
+			return
+		}
+		if back := p.cursor(); back != s {
+			t.Errorf("%q and %q are the same position", s, back)
+		}
+	})
+}
+
+func FuzzListQuery(f *testing.F) {
+	f.Add("limit=10&offset=5")
+	f.Add("email=a%40b&cursor=x")
+	f.Fuzz(func(t *testing.T, query string) {
+		q, err := parseListQuery(query)
+		if err == nil && (q.limit < 0 || q.limit > 1000 || q.offset < 0 || q.after != nil && q.offset != 0) {
+			t.Errorf("%q: %+v", query, q)
+		}
+	})
+}
+
+func FuzzPreconditions(f *testing.F) {
+	f.Add(`"1", W/"2"`)
+	f.Add("*")
+	f.Fuzz(func(t *testing.T, field string) {
+		p := parsePreconditions(http.Header{"If-Match": {field}})
+		if p.matched("17") && !strings.Contains(field, `"17"`) && !strings.Contains(field, "*") {
+			t.Errorf("%q matches version 17", field)
+		}
+		p = parsePreconditions(http.Header{"If-None-Match": {field}})
+		if !p.noneMatched("17") && !strings.Contains(field, `"17"`) && !strings.Contains(field, "*") {
+			t.Errorf("%q matches version 17", field)
+		}
+	})
+}
+
+func TestUUIDv7(t *testing.T) {
+	t.Parallel()
+	before := time.Now().UnixMilli()
+	id := newUUID()
+	after := time.Now().UnixMilli()
+	var ms int64
+	fmt.Sscanf(strings.ReplaceAll(id, "-", "")[:12], "%x", &ms)
+	if ms < before || ms > after || id[14] != '7' || !strings.ContainsRune("89ab", rune(id[19])) {
+		t.Errorf("%s was made between %x and %x", id, before, after)
+	}
+}
