@@ -23,33 +23,40 @@ import (
 // patience is how long a test waits for what has to happen.
 const patience = 30 * time.Second
 
-// testDatabase is the PostgreSQL of this test run.
-var testDatabase *devDatabase
-
 func TestMain(m *testing.M) {
 	if os.Getenv("ROLLCALL_TEST_MAIN") != "" { // a test runs this binary as the program
 		main()
 		return
 	}
-	os.Exit(testMain(m))
+	code := m.Run()
+	if postgres.started != nil {
+		postgres.started.stop()
+	}
+	os.RemoveAll(postgres.dir)
+	os.Exit(code)
 }
 
-func testMain(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "rollcall-test-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+// postgres is the PostgreSQL of this test run, which the first to need it starts.
+var postgres struct {
+	once    sync.Once
+	dir     string
+	started *devDatabase
+	err     error
+}
+
+func testDatabase(t testing.TB) *devDatabase {
+	t.Helper()
+	postgres.once.Do(func() {
+		if postgres.dir, postgres.err = os.MkdirTemp("", "rollcall-test-"); postgres.err == nil {
+			// The data is thrown away, so it need not survive a crash of the machine.
+			postgres.started, postgres.err = startDevDatabase(context.Background(), postgres.dir,
+				"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=400")
+		}
+	})
+	if postgres.err != nil {
+		t.Fatal(postgres.err)
 	}
-	defer os.RemoveAll(dir)
-	// The data is thrown away, so it need not survive a crash of the machine.
-	testDatabase, err = startDevDatabase(context.Background(), dir,
-		"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=400")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer testDatabase.stop()
-	return m.Run()
+	return postgres.started
 }
 
 var schemas atomic.Int64
@@ -59,7 +66,7 @@ var schemas atomic.Int64
 func newSchema(t testing.TB) (databaseURL string, db *sql.DB) {
 	t.Helper()
 	schema := fmt.Sprintf("test_%d", schemas.Add(1))
-	databaseURL = testDatabase.url() + " search_path=" + schema
+	databaseURL = testDatabase(t).url() + " search_path=" + schema
 	db, err := sql.Open("postgres", databaseURL)
 	if err != nil {
 		t.Fatal(err)

@@ -202,6 +202,12 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	defer s.close()
 
+	var cert *certificate
+	if cfg.tlsCertFile != "" {
+		if cert, err = loadCertificate(cfg.tlsCertFile, cfg.tlsKeyFile, log); err != nil {
+			return err
+		}
+	}
 	// Listen first: a port that is taken is an error at once, and whoever
 	// connects from now on is served, if only to be told to wait.
 	listener, err := net.Listen("tcp", cfg.listenAddr())
@@ -220,12 +226,12 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 
 		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
 	}
-	if cfg.tlsCertFile != "" {
-		cert, err := loadCertificate(cfg.tlsCertFile, cfg.tlsKeyFile, log)
-		if err != nil {
-			return err
-		}
+	if cert != nil {
 		server.TLSConfig = &tls.Config{GetCertificate: cert.get}
+	}
+	log.Info("listening", "address", listener.Addr().String(), "tls", cert != nil, "version", buildVersion())
+	if cfg.authOff {
+		log.Warn("AUTH=off: the API is open to everybody who can reach this address")
 	}
 	ended := make(chan error, 2)
 	go func() { ended <- listen(server, listener) }()
@@ -241,10 +247,6 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 			greet(stdout, cfg, listener.Addr())
 		}
 	}()
-	log.Info("listening", "address", listener.Addr().String(), "tls", cfg.tlsCertFile != "", "version", buildVersion())
-	if cfg.authOff {
-		log.Warn("AUTH=off: the API is open to everybody who can reach this address")
-	}
 
 	var died <-chan struct{}
 	if private != nil {

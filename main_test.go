@@ -99,7 +99,7 @@ func TestExitCodes(t *testing.T) {
 		{"unknown flag", "-x", nil, 2, `^$`, `-x`},
 		{"an argument too many", "version x", nil, 2, `^$`, `version takes no arguments`},
 		{"-dev with a command", "-dev version", nil, 2, `^$`, `-dev goes with no command`},
-		{"port taken", "", testEnv(testDatabase.url(), "PORT="+port), 1, `^$`, `address already in use`},
+		{"port taken", "", testEnv(testDatabase(t).url(), "PORT="+port), 1, `^$`, `address already in use`},
 		{"token", "token -sub alice", map[string]string{"JWT_SECRET": secret}, 0, `^eyJ[\w-]+\.[\w-]+\.[\w-]+\n$`, `^$`},
 		{"token without secret", "token -sub alice", nil, 2, `^$`, `JWT_SECRET is not set`},
 		{"token with a short secret", "token -sub alice", map[string]string{"JWT_SECRET": "tooshort"}, 2, `^$`, `JWT_SECRET: .*32`},

@@ -165,7 +165,7 @@ func TestNewerDatabase(t *testing.T) {
 	if err := first.db.QueryRow("SELECT current_schema()").Scan(&schema); err != nil {
 		t.Fatal(err)
 	}
-	s := startService(t, testEnv(testDatabase.url()+" search_path="+schema))
+	s := startService(t, testEnv(testDatabase(t).url()+" search_path="+schema))
 	line := s.waitLog("the database is newer than this program: a newer rollcall has migrated it")
 	if line["level"] != "WARN" || line["database_version"] != 99.0 {
 		t.Errorf("logged %v", line)
@@ -350,7 +350,7 @@ func relay(t *testing.T, path string) {
 			if err != nil {
 				return
 			}
-			to, err := net.Dial("unix", filepath.Join(testDatabase.sockets, ".s.PGSQL.5432"))
+			to, err := net.Dial("unix", filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432"))
 			if err != nil {
 				from.Close()
 				continue

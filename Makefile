@@ -1,0 +1,97 @@
+# What there is to do with rollcall. Go, make and git are all that it needs: what
+# else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
+# what to install.
+
+.PHONY: help run test check build fuzz clean postgres compiler
+# PostgreSQL and the compiler come from the same package manager, which two can't
+# use at once: so make -j, too, does one thing after the other.
+.NOTPARALLEL:
+
+# The tools of make check, pinned, so that a new release breaks no old commit.
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
+# How long make fuzz spends on each target.
+FUZZTIME = 5s
+
+help: ## show this list (the default)
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile
+
+run: postgres build ## start the service with a private PostgreSQL; Ctrl-C stops both
+	exec ./rollcall -dev
+
+# The commit goes into the program where git can tell it: it may be absent, or
+# distrust the folder because it belongs to somebody else. Without cgo the program
+# is static: it needs no file of the system that it runs on.
+build: ## make ./rollcall, static and stripped
+	@vcs=false; if git rev-parse HEAD >/dev/null 2>&1; then vcs=true; fi; \
+	set -x; CGO_ENABLED=0 go build -buildvcs=$$vcs -buildmode=exe -trimpath -ldflags='-s -w' -o rollcall .
+
+test: postgres ## run the tests, with the race detector where there is a C compiler
+	@if $(CAN_RACE); then set -x; CGO_ENABLED=1 go test -race -shuffle=on ./...; \
+	else echo 'without the race detector, which needs a C compiler (make check installs one)'; \
+	set -x; go test -shuffle=on ./...; fi
+
+# The race detector needs cgo, a C compiler and the headers of the C library.
+# Whether all is there shows best by trying.
+CAN_RACE = CGO_ENABLED=1 go build -race runtime/cgo 2>/dev/null
+
+# Quick checks first. "go vet" for macOS sees the files that Linux leaves out.
+check: postgres compiler ## everything that has to hold before a commit; this is what CI runs
+	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not as gofmt wants it: $$unformatted"; exit 1; fi
+	go vet ./...
+	GOOS=darwin go vet ./...
+	go mod tidy -diff
+	@direct=$$(go list -m -f '{{if not .Main}}{{.Path}}{{end}}' all); \
+	if [ "$$direct" != github.com/lib/pq ]; then echo "go.mod may require github.com/lib/pq alone, not: $$direct"; exit 1; fi
+	go run $(STATICCHECK) ./...
+	CGO_ENABLED=1 go test -race -shuffle=on ./...
+	@$(MAKE) --no-print-directory fuzz build
+	@facts=$$(go version -m rollcall); for want in CGO_ENABLED=0 -buildmode=exe; do case $$facts in \
+	*"$$want"*) ;; *) echo "rollcall is not static: no $$want in its build information"; exit 1;; esac; done
+	@echo 'rollcall is static'
+	@$(VULNERABILITIES)
+	@echo 'all checks passed'
+
+# Its data is on the network. That this is out of reach is no fault of the code; a
+# vulnerability is, and govulncheck then ends with 3.
+define VULNERABILITIES
+echo 'govulncheck ./...'; out=$$(go run $(GOVULNCHECK) ./... 2>&1) && echo "$$out" || \
+case $$out in \
+*'exit status 3'*) echo "$$out"; exit 1;; \
+*) echo 'skipped, as it could not do its work:'; echo "$$out" | grep -v '^go: downloading\|^exit status';; \
+esac
+endef
+
+fuzz: postgres ## fuzz each target for FUZZTIME (default 5s)
+	@targets=$$(go test -list '^Fuzz' .) || { echo "$$targets"; exit 1; }; \
+	for f in $$(echo "$$targets" | grep '^Fuzz'); do \
+	(set -x; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) .) || exit 1; done
+
+clean: ## remove what was built; the data of make run, in .dev, stays
+	rm -f rollcall
+
+# Where rollcall -dev looks too: see programFolders in devdb.go.
+INITDB = $$(command -v initdb) /usr/lib/postgresql/*/bin/initdb /usr/pgsql-*/bin/initdb \
+	/opt/homebrew/opt/postgresql*/bin/initdb /usr/local/opt/postgresql*/bin/initdb
+
+HAVE_POSTGRES = for p in $(INITDB); do if [ -x "$$p" ]; then exit 0; fi; done
+
+# The subshell ends with the first PostgreSQL found.
+postgres: # the programs of the PostgreSQL server
+	@($(HAVE_POSTGRES); exit 1) || { $(call INSTALL,PostgreSQL,postgresql,postgresql-server,postgresql); }
+
+compiler: # for the race detector
+	@$(CAN_RACE) || { $(call INSTALL,a C compiler,gcc libc6-dev,gcc glibc-devel,gcc); }
+
+# $(call INSTALL,what,its packages for apt,for dnf,for brew)
+define INSTALL
+echo 'installing $(1)'; \
+sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi; \
+if command -v brew >/dev/null; then brew install $(4); \
+elif [ "$$sudo" ] && ! command -v sudo >/dev/null; then false; \
+elif command -v apt-get >/dev/null; then \
+	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive \
+	apt-get install -qq -y --no-install-recommends $(2) >/dev/null; \
+elif command -v dnf >/dev/null; then $$sudo dnf install -q -y $(3); \
+else false; fi || { echo '$(1) is missing and could not be installed; install it yourself: $(2) on Debian and Ubuntu, $(3) on Fedora, $(4) with Homebrew' >&2; exit 1; }
+endef
