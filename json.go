@@ -183,26 +183,31 @@ func readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if !isJSON(r.Header["Content-Type"]) {
 		return nil, &failure{kind: kindMediaType, header: http.Header{"Accept": {"application/json"}}}
 	}
-	if coding := r.Header.Get("Content-Encoding"); coding != "" && !strings.EqualFold(coding, "identity") {
-		return nil, &failure{kind: kindMediaType, message: "Content-Encoding is not supported",
-			header: http.Header{"Accept-Encoding": {"identity"}}}
+	for _, coding := range r.Header["Content-Encoding"] {
+		if coding != "" && !strings.EqualFold(coding, "identity") {
+			return nil, &failure{kind: kindMediaType, message: "Content-Encoding is not supported",
+				header: http.Header{"Accept-Encoding": {"identity"}}}
+		}
 	}
 	// The deadline of a context does not reach a Read that waits for a slow
-	// sender. It is lifted afterwards: net/http goes on reading, to notice a
-	// caller who goes away, and takes a deadline that passes for just that.
+	// sender. It is lifted when all is there: net/http goes on reading, to notice
+	// a caller who goes away, and takes a deadline that passes for just that.
 	control := http.NewResponseController(w)
-	if deadline, ok := r.Context().Deadline(); ok && r.ContentLength != 0 {
+	if deadline, ok := r.Context().Deadline(); ok {
 		control.SetReadDeadline(deadline)
-		defer control.SetReadDeadline(time.Time{})
 	}
 	body, err := io.ReadAll(r.Body)
+	if err == nil {
+		control.SetReadDeadline(time.Time{})
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
 		return nil, &failure{kind: kindTooLarge,
 			message: fmt.Sprintf("The body is larger than %d bytes", tooLarge.Limit)}
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, &failure{kind: kindTimeout, message: "The body did not arrive in time", cause: err}
+		return nil, &failure{kind: kindTimeout, message: "The body did not arrive in time", cause: err,
+			header: http.Header{"Connection": {"close"}}} // its rest is not to be taken for the next request
 	case err != nil && r.Context().Err() != nil:
 		return nil, r.Context().Err()
 	case err != nil: // cut off, or framed wrongly
@@ -224,7 +229,7 @@ func isJSON(field []string) bool {
 	}
 	mediaType, _, err := mime.ParseMediaType(field[0])
 	return (err == nil || errors.Is(err, mime.ErrInvalidMediaParameter)) &&
-		(mediaType == "application/json" || strings.HasSuffix(mediaType, "+json"))
+		(mediaType == "application/json" || strings.Contains(mediaType, "/") && strings.HasSuffix(mediaType, "+json"))
 }
 
 // appendJSONString appends s, which is UTF-8, as a JSON string: only what RFC

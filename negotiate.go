@@ -40,7 +40,7 @@ func quality(fields []string, name string) float64 {
 // parseWeight returns the weight that s spells: 0 to 1 with up to three
 // digits behind the point. Anything else is 0.
 func parseWeight(s string) float64 {
-	if len(s) == 0 || len(s) > 5 || s[0] != '0' && s[0] != '1' || strings.Trim(s, "0123456789.") != "" {
+	if len(s) > 5 || len(s) > 1 && s[1] != '.' || strings.Trim(s, "0123456789.") != "" {
 		return 0
 	}
 	weight, err := strconv.ParseFloat(s, 64)
