@@ -70,7 +70,7 @@ fuzz: postgres ## fuzz each target for FUZZTIME (default 5s)
 clean: ## remove what was built; the data of make run, in .dev, stays
 	rm -f rollcall
 
-# Where rollcall -dev looks too: see programFolders in devdb.go.
+# Where rollcall -dev looks too: see programFolders in devprocess.go.
 INITDB = $$(command -v initdb) /usr/lib/postgresql/*/bin/initdb /usr/pgsql-*/bin/initdb \
 	/opt/homebrew/opt/postgresql*/bin/initdb /usr/local/opt/postgresql*/bin/initdb
 

@@ -3,10 +3,16 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
+	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -65,4 +71,34 @@ Create a user, then list all:
 Ctrl-C stops rollcall and its PostgreSQL; the users stay in %[5]s.
 
 `, curl, auth, base, usersPath, devDir)
+}
+
+// devSecret returns the key that signs the tokens of rollcall -dev. It is kept in
+// dir, so that a token outlives a restart.
+func devSecret(dir string) (string, error) {
+	name := filepath.Join(dir, "jwt_secret")
+	if b, err := os.ReadFile(name); !errors.Is(err, fs.ErrNotExist) {
+		return strings.TrimSpace(string(b)), err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	f, err := os.CreateTemp(dir, "jwt_secret.*") // for its owner's eyes alone
+	if err != nil {
+		return "", err
+	}
+	defer os.Remove(f.Name())
+	key := make([]byte, 32)
+	rand.Read(key) // never fails
+	_, err = fmt.Fprintln(f, hex.EncodeToString(key))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return "", err
+	}
+	// A link appears whole or not at all, and unlike a rename it does not replace
+	// the file of another process that was faster.
+	if err := os.Link(f.Name(), name); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	b, err := os.ReadFile(name)
+	return strings.TrimSpace(string(b)), err
 }

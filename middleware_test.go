@@ -222,7 +222,7 @@ func TestOrderPanicIsALogged500(t *testing.T) {
 		t.Errorf("logged %v", line)
 	}
 	panicked := s.waitLog("panic")
-	if panicked["request_id"] != "panic-1" || !strings.Contains(panicked["stack"].(string), "users.list") {
+	if panicked["request_id"] != "panic-1" || !strings.Contains(panicked["stack"].(string), "(*users).list") {
 		t.Errorf("logged %v; want the request id and the stack", panicked)
 	}
 }
