@@ -2,7 +2,7 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build fuzz clean postgres compiler
+.PHONY: help run test check build bench pgo fuzz clean postgres compiler
 # PostgreSQL and the compiler come from the same package manager, which two can't
 # use at once: so make -j, too, does one thing after the other.
 .NOTPARALLEL:
@@ -12,6 +12,8 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 # How long make fuzz spends on each target.
 FUZZTIME = 5s
+# How long make bench spends on each benchmark.
+BENCHTIME = 5s
 
 help: ## show this list (the default)
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile
@@ -62,13 +64,22 @@ case $$out in \
 esac
 endef
 
+bench: postgres ## compare with one statement a request, over HTTP; see bench_test.go
+	GOGC=400 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
+
+# The client of the benchmark shares its process: what it does is left out of the profile.
+pgo: postgres ## renew default.pgo, by which the compiler optimizes, from the mixed load
+	GOGC=400 go test -run '^$$' -bench '/Mixed/rollcall' -benchtime 20s -o pgo.test -cpuprofile pgo.prof .
+	go tool pprof -proto -focus 'net/http.\(\*conn\).serve' pgo.test pgo.prof >default.pgo
+	rm -f pgo.test pgo.prof
+
 fuzz: postgres ## fuzz each target for FUZZTIME (default 5s)
 	@targets=$$(go test -list '^Fuzz' .) || { echo "$$targets"; exit 1; }; \
 	for f in $$(echo "$$targets" | grep '^Fuzz'); do \
 	(set -x; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) .) || exit 1; done
 
 clean: ## remove what was built; the data of make run, in .dev, stays
-	rm -f rollcall
+	rm -f rollcall pgo.test pgo.prof
 
 # Where rollcall -dev looks too: see programFolders in devprocess.go.
 INITDB = $$(command -v initdb) /usr/lib/postgresql/*/bin/initdb /usr/pgsql-*/bin/initdb \

@@ -297,7 +297,7 @@ func mintToken(secret []byte, g grant, now time.Time) string {
 func requireAuth(v *verifier, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/api/") {
-			if err := authorize(v, r); err != nil {
+			if err := authorize(v, w, r); err != nil {
 				writeError(w, r, err)
 				return
 			}
@@ -307,7 +307,7 @@ func requireAuth(v *verifier, next http.Handler) http.Handler {
 }
 
 // authorize returns the failure that keeps r from the API, or nil.
-func authorize(v *verifier, r *http.Request) error {
+func authorize(v *verifier, w http.ResponseWriter, r *http.Request) error {
 	token, err := bearerToken(r)
 	if token == "" && err == nil {
 		// RFC 6750, section 3.1: no error code where no token was sent.
@@ -320,7 +320,7 @@ func authorize(v *verifier, r *http.Request) error {
 	if err != nil {
 		return refusal(kindUnauthorized, err.Error(), `, error="invalid_token", error_description="`+err.Error()+`"`)
 	}
-	exchangeOf(r.Context()).subject = c.subject
+	exchangeOf(w).subject = c.subject
 
 	scope := "users:write"
 	if r.Method == http.MethodGet || r.Method == http.MethodHead {

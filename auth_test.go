@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -680,10 +679,9 @@ func TestRequireAuth(t *testing.T) {
 				http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached = true }))
 			r := httptest.NewRequest(tt.method, tt.target, nil)
 			r.Header["Authorization"] = tt.authorization
-			x := new(exchange)
-			r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x))
 			w := httptest.NewRecorder()
-			h.ServeHTTP(w, r)
+			x := &exchange{ResponseWriter: w}
+			h.ServeHTTP(x, r)
 			if w.Code != tt.status || reached != (tt.status == 200) {
 				t.Errorf("status %d, reached the handler: %v; want %d", w.Code, reached, tt.status)
 			}

@@ -125,7 +125,7 @@ func (h handlerFunc) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	f := asFailure(err)
 	status, message := answers[f.kind].status, cmp.Or(f.message, answers[f.kind].message)
-	exchangeOf(r.Context()).cause = f.cause
+	exchangeOf(w).cause = f.cause
 
 	h := w.Header()
 	for name, values := range f.header {
@@ -141,9 +141,9 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	h.Del("Location")
 
 	var body []byte
-	contentType := "application/json"
+	contentType := jsonType
 	if prefersProblem(r.Header["Accept"]) {
-		contentType = "application/problem+json"
+		contentType = []string{"application/problem+json"}
 		body = append(body, `{"type":"about:blank","title":`...)
 		body = appendJSONString(body, cmp.Or(http.StatusText(status), "Client Closed Request"))
 		body = append(body, `,"status":`...)
@@ -164,10 +164,10 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 
 // writeBody sends a whole answer. The body has been made before the status is
 // committed, so whatever fails in making it can still become an error.
-func writeBody(w http.ResponseWriter, status int, contentType string, body []byte) {
+func writeBody(w http.ResponseWriter, status int, contentType []string, body []byte) {
 	h := w.Header()
-	h.Set("Content-Type", contentType)
-	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h["Content-Type"] = contentType
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(status)
 	w.Write(body) // an error here means that the caller is gone: nobody is left to tell
 }

@@ -21,7 +21,7 @@ type health struct {
 // whoever asks restarts a process that does not answer, and a restart heals no
 // database.
 func (h *health) live(w http.ResponseWriter, r *http.Request) error {
-	writeBody(w, http.StatusOK, "text/plain; charset=utf-8", []byte("OK"))
+	writeBody(w, http.StatusOK, []string{"text/plain; charset=utf-8"}, []byte("OK"))
 	return nil
 }
 
@@ -41,7 +41,7 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	if err := h.store.ping(ctx); err != nil {
 		return unready("PostgreSQL does not answer", err)
 	}
-	writeBody(w, http.StatusOK, "application/json", []byte(`{"status":"ready"}`))
+	writeBody(w, http.StatusOK, jsonType, []byte(`{"status":"ready"}`))
 	return nil
 }
 

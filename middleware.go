@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -64,26 +66,42 @@ func (x *exchange) Write(p []byte) (int, error) {
 	return n, err
 }
 
-type exchangeKey struct{}
-
-// exchangeOf returns the exchange that ctx belongs to. Where there is none,
-// what is written into the result is lost.
-func exchangeOf(ctx context.Context) *exchange {
-	if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
-		return x
+// exchangeOf returns the exchange that w is or wraps. Where there is none, what
+// is written into the result is lost. (In a context it would be at hand just as
+// well, but each request would have to be copied to carry it.)
+func exchangeOf(w http.ResponseWriter) *exchange {
+	for {
+		switch inner := w.(type) {
+		case *exchange:
+			return inner
+		case interface{ Unwrap() http.ResponseWriter }:
+			w = inner.Unwrap()
+		default:
+			return new(exchange)
+		}
 	}
-	return new(exchange)
 }
+
+// Values of fields that nearly every answer has, in the form in which Header
+// holds them: to share them spares each answer a few allocations. The names
+// that they are stored under have to be in canonical form.
+var (
+	nosniff  = []string{"nosniff"}
+	anybody  = []string{"*"}
+	exposed  = []string{"ETag, Link, Location, Retry-After, X-Request-Id"}
+	jsonType = []string{"application/json"}
+)
 
 // observe gives each request an id, and a line in the log when it is over.
 func observe(log *slog.Logger, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		x := &exchange{ResponseWriter: w, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
-		w.Header().Set("X-Request-Id", x.id)
-		w.Header().Set("X-Content-Type-Options", "nosniff")
+		h := w.Header()
+		h["X-Request-Id"] = []string{x.id}
+		h["X-Content-Type-Options"] = nosniff
 		defer logAccess(log, x, r, start) // deferred: an aborted answer is logged too
-		next.ServeHTTP(x, r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x)))
+		next.ServeHTTP(x, r)
 	})
 }
 
@@ -164,7 +182,10 @@ func requestID(given []string) string {
 		strings.IndexFunc(given[0], func(c rune) bool { return !isIDChar(c) }) < 0 {
 		return given[0]
 	}
-	return fmt.Sprintf("%016x%016x", rand.Uint64(), rand.Uint64()) // to tell requests apart, not a secret
+	var b [16]byte // to tell requests apart, not a secret
+	binary.NativeEndian.PutUint64(b[:8], rand.Uint64())
+	binary.NativeEndian.PutUint64(b[8:], rand.Uint64())
+	return hex.EncodeToString(b[:])
 }
 
 func isIDChar(c rune) bool {
@@ -206,7 +227,7 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 			if v == http.ErrAbortHandler { // somebody wants just that
 				panic(v)
 			}
-			x := exchangeOf(r.Context())
+			x := exchangeOf(w)
 			log.Error("panic", "value", fmt.Sprint(v), "request_id", x.id, "stack", string(debug.Stack()))
 			if x.status != 0 {
 				panic(http.ErrAbortHandler)
@@ -221,7 +242,6 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 const (
 	corsMethods = "GET, HEAD, POST, PUT, PATCH, DELETE"
 	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, X-Request-Id, Traceparent"
-	corsExposed = "ETag, Link, Location, Retry-After, X-Request-Id"
 )
 
 // cors lets browsers use the service from scripts of the given origins; nil
@@ -231,7 +251,7 @@ func cors(origins []string, next http.Handler) http.Handler {
 		h := w.Header()
 		allowed := true
 		if origins == nil {
-			h["Access-Control-Allow-Origin"] = []string{"*"}
+			h["Access-Control-Allow-Origin"] = anybody
 		} else {
 			h.Add("Vary", "Origin") // also without one: a cache must not mix the two
 			origin := r.Header["Origin"]
@@ -246,7 +266,7 @@ func cors(origins []string, next http.Handler) http.Handler {
 			h.Set("Access-Control-Allow-Headers", corsHeaders)
 			h.Set("Access-Control-Max-Age", "7200") // seconds; the longest that all browsers keep
 		case allowed:
-			h["Access-Control-Expose-Headers"] = []string{corsExposed}
+			h["Access-Control-Expose-Headers"] = exposed
 		}
 		if preflight {
 			w.WriteHeader(http.StatusNoContent)

@@ -486,7 +486,7 @@ func TestRequestID(t *testing.T) {
 			r := httptest.NewRequest("GET", "/", nil)
 			r.Header["X-Request-Id"] = tt.given
 			var within string
-			w, line, _ := observed(t, r, func(w http.ResponseWriter, r *http.Request) { within = exchangeOf(r.Context()).id })
+			w, line, _ := observed(t, r, func(w http.ResponseWriter, r *http.Request) { within = exchangeOf(w).id })
 			id := w.Header().Get("X-Request-Id")
 			if len(w.Header().Values("X-Request-Id")) != 1 || line["request_id"] != id || within != id {
 				t.Errorf("the answer says %q, the log %q, the request %q", id, line["request_id"], within)
@@ -577,7 +577,7 @@ func TestAccessLogFields(t *testing.T) {
 	r.Header.Set("X-Request-Id", "id-1")
 	r.Header.Set("Traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
 	_, line, all := observed(t, r, func(w http.ResponseWriter, r *http.Request) {
-		x := exchangeOf(r.Context())
+		x := exchangeOf(w)
 		x.subject, x.cause = "alice", errors.New("the disk is full")
 		w.WriteHeader(507)
 		w.WriteHeader(200) // comes too late
@@ -755,7 +755,7 @@ func TestLoggedSubjectAndMethod(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			r := httptest.NewRequest(strings.Repeat("M", 33), "/", nil)
-			_, line, _ := observed(t, r, func(w http.ResponseWriter, r *http.Request) { exchangeOf(r.Context()).subject = tt.subject })
+			_, line, _ := observed(t, r, func(w http.ResponseWriter, r *http.Request) { exchangeOf(w).subject = tt.subject })
 			if line["sub"] != tt.want || line["method"] != strings.Repeat("M", 32) {
 				t.Errorf("logged %v; want sub %s and 32 letters of the method", line, tt.want)
 			}
@@ -994,9 +994,9 @@ func TestLayersUnwrap(t *testing.T) {
 // nothing worse happens.
 func TestExchangeOfNothing(t *testing.T) {
 	t.Parallel()
-	first := exchangeOf(context.Background())
+	first := exchangeOf(httptest.NewRecorder())
 	first.subject = "alice"
-	if second := exchangeOf(context.Background()); second == first || second.subject != "" {
+	if second := exchangeOf(httptest.NewRecorder()); second == first || second.subject != "" {
 		t.Error("two requests share an exchange")
 	}
 }

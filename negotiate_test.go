@@ -308,7 +308,7 @@ func TestCompress(t *testing.T) {
 						w.Header().Set(name, value)
 					}
 					w.Header().Set("Vary", "Origin")
-					writeBody(w, http.StatusOK, "text/plain", content)
+					writeBody(w, http.StatusOK, []string{"text/plain"}, content)
 				})))
 				defer server.Close()
 				s := &service{t: t, url: server.URL}
@@ -403,7 +403,7 @@ func TestCompressAfterEarlyHints(t *testing.T) {
 	content := pattern(2000)
 	server := httptest.NewServer(compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusEarlyHints)
-		writeBody(w, http.StatusOK, "text/plain", content)
+		writeBody(w, http.StatusOK, []string{"text/plain"}, content)
 	})))
 	defer server.Close()
 	conn := dialRaw(t, &service{t: t, url: server.URL})

@@ -46,7 +46,7 @@ var (
 	updateUser = "UPDATE users SET email = COALESCE($2, email), name = COALESCE($3, name), " +
 		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') " +
 		"WHERE id = $1 AND " + conditionsHold("$4", "$5") + " RETURNING " + columns
-	deleteUser = "DELETE FROM users WHERE id = $1 AND " + conditionsHold("$2", "$3")
+	deleteUser = "DELETE FROM users WHERE id = $1 AND " + conditionsHold("$2", "$3") + " RETURNING " + columns
 )
 
 // A store keeps users in PostgreSQL. It is safe for concurrent use.
@@ -57,6 +57,7 @@ type store struct {
 	unprepared bool // binary_parameters=yes: no statement outlives its transaction
 
 	prepared map[string]*sql.Stmt // by text; complete once started is true
+	many     batches
 	started  atomic.Bool
 	answered atomic.Int64 // when PostgreSQL last answered, in nanoseconds since 1970
 }
@@ -65,6 +66,7 @@ type store struct {
 // [store.start] does.
 func openStore(cfg config, log *slog.Logger) (*store, error) {
 	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
+	s.many = newBatches(s)
 	open := func(patience time.Duration, conns int) (*sql.DB, error) {
 		connector, err := pq.NewConnectorConfig(cfg.database)
 		if err != nil {
@@ -121,7 +123,8 @@ func (s *store) prepare(ctx context.Context) error {
 	if s.unprepared {
 		return s.db.PingContext(ctx)
 	}
-	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser} {
+	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser,
+		insertUsers, selectUsers, findUsers, updateUsers, deleteUsers} {
 		if s.prepared[text] != nil {
 			continue // from an earlier try
 		}
@@ -154,25 +157,42 @@ func (s *store) ping(ctx context.Context) error {
 // create stores a new user. The error is [errEmailTaken] if another user has
 // the address, letter case ignored.
 func (s *store) create(ctx context.Context, id, email, name string) (user, error) {
-	u, err := s.one(ctx, insertUser, id, email, name)
-	if errors.Is(err, errEmailTaken) {
-		// database/sql repeats a statement whose connection broke, and the
-		// first try may have gone through: then the address is taken by this very user.
-		if mine, getErr := s.one(ctx, selectUser, id); getErr == nil {
-			return mine, nil
-		}
+	in := draft{id, email, name}
+	u, err := s.many.creates.do(ctx, in)
+	if err == errAlone {
+		u, err = s.createAlone(ctx, in)
 	}
 	return u, unsure(err)
 }
 
+func (s *store) createAlone(ctx context.Context, in draft) (user, error) {
+	u, err := s.one(ctx, insertUser, in.id, in.email, in.name)
+	if errors.Is(err, errEmailTaken) {
+		// database/sql repeats a statement whose connection broke, and the
+		// first try may have gone through: then the address is taken by this very user.
+		if mine, getErr := s.one(ctx, selectUser, in.id); getErr == nil {
+			return mine, nil
+		}
+	}
+	return u, err
+}
+
 // get returns the user of that id, or [errNotFound].
 func (s *store) get(ctx context.Context, id string) (user, error) {
-	return s.one(ctx, selectUser, id)
+	u, err := s.many.gets.do(ctx, lookUp(id))
+	if err == errAlone {
+		u, err = s.one(ctx, selectUser, id)
+	}
+	return u, err
 }
 
 // find returns the user of that address, letter case ignored, or [errNotFound].
 func (s *store) find(ctx context.Context, email string) (user, error) {
-	return s.one(ctx, findUser, email)
+	u, err := s.many.finds.do(ctx, lookUp(email))
+	if err == errAlone {
+		u, err = s.one(ctx, findUser, email)
+	}
+	return u, err
 }
 
 // list returns up to limit users, newest first: those behind after, or, where
@@ -188,36 +208,39 @@ func (s *store) list(ctx context.Context, limit, offset int64, after *position) 
 // [errPrecondition] if the user is in a version that when excludes, or
 // [errEmailTaken].
 func (s *store) update(ctx context.Context, id string, email, name *string, when preconditions) (user, error) {
-	u, err := s.one(ctx, updateUser, id, email, name, when.match, when.noneMatch)
-	if errors.Is(err, errNotFound) && when.some() {
-		err = s.whyNot(ctx, id)
+	in := userChange{id, email, name, when}
+	u, err := s.many.updates.do(ctx, in)
+	if err == errAlone {
+		u, err = s.updateAlone(ctx, in)
 	}
 	return u, unsure(err)
+}
+
+func (s *store) updateAlone(ctx context.Context, in userChange) (user, error) {
+	u, err := s.one(ctx, updateUser, in.id, in.email, in.name, in.when.match, in.when.noneMatch)
+	if errors.Is(err, errNotFound) && in.when.some() {
+		err = s.whyNot(ctx, in.id)
+	}
+	return u, err
 }
 
 // delete removes the user of that id. The error is [errNotFound], or
 // [errPrecondition] if the user is in a version that when excludes.
 func (s *store) delete(ctx context.Context, id string, when preconditions) error {
-	var n int64
-	err := s.retry(ctx, func() (err error) {
-		var res sql.Result
-		if s.unprepared {
-			res, err = s.db.ExecContext(ctx, deleteUser, id, when.match, when.noneMatch)
-		} else {
-			res, err = s.prepared[deleteUser].ExecContext(ctx, id, when.match, when.noneMatch)
-		}
-		if err == nil {
-			n, err = res.RowsAffected()
-		}
-		return err
-	})
-	if err == nil && n == 0 {
-		err = errNotFound
-		if when.some() {
-			err = s.whyNot(ctx, id)
-		}
+	in := userChange{id: id, when: when}
+	_, err := s.many.deletes.do(ctx, in)
+	if err == errAlone {
+		_, err = s.deleteAlone(ctx, in)
 	}
 	return unsure(err)
+}
+
+func (s *store) deleteAlone(ctx context.Context, in userChange) (user, error) {
+	u, err := s.one(ctx, deleteUser, in.id, in.when.match, in.when.noneMatch)
+	if errors.Is(err, errNotFound) && in.when.some() {
+		err = s.whyNot(ctx, in.id)
+	}
+	return u, err
 }
 
 // whyNot tells a user that is missing from one that a precondition excluded.
@@ -242,38 +265,31 @@ func (s *store) one(ctx context.Context, text string, args ...any) (user, error)
 
 // query runs a statement that returns users.
 func (s *store) query(ctx context.Context, text string, args ...any) (users []user, err error) {
-	err = s.retry(ctx, func() error {
-		users = nil
-		var rows *sql.Rows
-		var err error
-		if s.unprepared {
-			rows, err = s.db.QueryContext(ctx, text, args...)
-		} else {
-			rows, err = s.prepared[text].QueryContext(ctx, args...)
-		}
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
+	err = s.run(ctx, text, args, func(rows *sql.Rows) error {
+		users = users[:0]
 		for rows.Next() {
 			var u user
-			if err := rows.Scan(&u.ID, &u.Email, &u.Name, &u.CreatedAt, &u.UpdatedAt); err != nil {
+			if err := rows.Scan(u.fields()...); err != nil {
 				return err
 			}
 			users = append(users, u)
 		}
-		return rows.Err()
+		return nil
 	})
 	return users, err
 }
 
-// retry runs a statement, and again where PostgreSQL has undone it for the
-// sake of another one: after a deadlock or a serialization failure nothing of
-// it remains, and a new try finds the way clear. (Connections that died while
-// they were idle are replaced inside database/sql.) The error is translated.
-func (s *store) retry(ctx context.Context, run func() error) error {
+// fields returns where to scan the columns of a user.
+func (u *user) fields() []any { return []any{&u.ID, &u.Email, &u.Name, &u.CreatedAt, &u.UpdatedAt} }
+
+// run runs a statement and has read take its rows; and again, from the start,
+// where PostgreSQL has undone it for the sake of another one: after a deadlock
+// or a serialization failure nothing of it remains, and a new try finds the
+// way clear. (Connections that died while they were idle are replaced inside
+// database/sql.) The error is translated.
+func (s *store) run(ctx context.Context, text string, args []any, read func(*sql.Rows) error) error {
 	for try := 1; ; try++ {
-		err := run()
+		err := s.runOnce(ctx, text, args, read)
 		if err == nil {
 			s.answered.Store(time.Now().UnixNano())
 			return nil
@@ -287,6 +303,23 @@ func (s *store) retry(ctx context.Context, run func() error) error {
 			return translate(ctx, ctx.Err())
 		}
 	}
+}
+
+func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (err error) {
+	var rows *sql.Rows
+	if s.unprepared {
+		rows, err = s.db.QueryContext(ctx, text, args...)
+	} else {
+		rows, err = s.prepared[text].QueryContext(ctx, args...)
+	}
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	if err := read(rows); err != nil {
+		return err
+	}
+	return rows.Err()
 }
 
 // unsure adds to the error of a write what its caller has to know: that an

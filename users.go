@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 )
@@ -132,11 +133,14 @@ func validEmail(s string) bool {
 }
 
 // users are the handlers of /api/v1/users.
-type users struct{ store *store }
+type users struct {
+	store *store
+	pages sharer[page] // by query
+}
 
 const usersPath = "/api/v1/users"
 
-func (h users) create(w http.ResponseWriter, r *http.Request) error {
+func (h *users) create(w http.ResponseWriter, r *http.Request) error {
 	in, err := readUserInput(w, r)
 	if err != nil {
 		return err
@@ -158,36 +162,53 @@ func (h users) create(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, &u)
 }
 
+// A page is a part of the list, ready to be sent to all who asked for it.
+type page struct {
+	body []byte
+	next string // the Link to the page behind it; empty for the last one
+}
+
 // list answers with a page of users, newest first.
-func (h users) list(w http.ResponseWriter, r *http.Request) error {
+func (h *users) list(w http.ResponseWriter, r *http.Request) error {
 	q, err := parseListQuery(r.URL.RawQuery)
 	if err != nil {
 		return err
 	}
-	page, err := h.page(r.Context(), q)
+	p, err := h.pages.do(r.Context(), r.URL.RawQuery, func(ctx context.Context) (page, error) { return h.page(ctx, q) })
 	if err != nil {
 		return err
 	}
-	if q.limit > 0 && int64(len(page)) > q.limit { // the one more that was asked for
-		page = page[:q.limit]
-		last := page[q.limit-1]
-		next := position{last.CreatedAt, last.ID}
-		w.Header().Set("Link", fmt.Sprintf(`<%s?limit=%d&cursor=%s>; rel="next"`, usersPath, q.limit, next.cursor()))
+	if p.next != "" {
+		w.Header().Set("Link", p.next)
 	}
-	body := make([]byte, 0, 256*(len(page)+1))
-	body = append(body, '[')
-	for i := range page {
-		if i > 0 {
-			body = append(body, ',')
-		}
-		body = page[i].appendJSON(body)
-	}
-	writeBody(w, http.StatusOK, "application/json", append(body, ']'))
+	writeBody(w, http.StatusOK, jsonType, p.body)
 	return nil
 }
 
-// page returns the users that q asks for, and one more if there is one.
-func (h users) page(ctx context.Context, q listQuery) ([]user, error) {
+// page returns the page that q asks for.
+func (h *users) page(ctx context.Context, q listQuery) (p page, err error) {
+	list, err := h.read(ctx, q)
+	if err != nil {
+		return p, err
+	}
+	if q.limit > 0 && int64(len(list)) > q.limit { // the one more that was asked for
+		list = list[:q.limit]
+		last := list[q.limit-1]
+		p.next = fmt.Sprintf(`<%s?limit=%d&cursor=%s>; rel="next"`, usersPath, q.limit, position{last.CreatedAt, last.ID}.cursor())
+	}
+	p.body = append(make([]byte, 0, 256*(len(list)+1)), '[')
+	for i := range list {
+		if i > 0 {
+			p.body = append(p.body, ',')
+		}
+		p.body = list[i].appendJSON(p.body)
+	}
+	p.body = append(p.body, ']')
+	return p, nil
+}
+
+// read returns the users that q asks for, and one more if there is one.
+func (h *users) read(ctx context.Context, q listQuery) ([]user, error) {
 	if q.email == nil {
 		if q.limit == 0 {
 			return nil, nil
@@ -204,7 +225,7 @@ func (h users) page(ctx context.Context, q listQuery) ([]user, error) {
 	return []user{u}, nil
 }
 
-func (h users) get(w http.ResponseWriter, r *http.Request) error {
+func (h *users) get(w http.ResponseWriter, r *http.Request) error {
 	id, err := parseUUID(r.PathValue("id"))
 	if err != nil {
 		return err
@@ -226,7 +247,7 @@ func (h users) get(w http.ResponseWriter, r *http.Request) error {
 }
 
 // update serves PUT and PATCH alike: both change the fields that are given.
-func (h users) update(w http.ResponseWriter, r *http.Request) error {
+func (h *users) update(w http.ResponseWriter, r *http.Request) error {
 	id, err := parseUUID(r.PathValue("id"))
 	if err != nil {
 		return err
@@ -245,7 +266,7 @@ func (h users) update(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, &u)
 }
 
-func (h users) delete(w http.ResponseWriter, r *http.Request) error {
+func (h *users) delete(w http.ResponseWriter, r *http.Request) error {
 	id, err := parseUUID(r.PathValue("id"))
 	if err != nil {
 		return err
@@ -258,9 +279,16 @@ func (h users) delete(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// bodies are buffers for one user each. A user has a few hundred bytes, and
+// never more than some thousand.
+var bodies = sync.Pool{New: func() any { return new([]byte) }}
+
 func writeUser(w http.ResponseWriter, u *user) error {
-	w.Header().Set("ETag", u.etag())
-	writeBody(w, http.StatusOK, "application/json", u.appendJSON(make([]byte, 0, 256)))
+	w.Header()["Etag"] = []string{u.etag()}
+	body := bodies.Get().(*[]byte)
+	*body = u.appendJSON((*body)[:0])
+	writeBody(w, http.StatusOK, jsonType, *body)
+	bodies.Put(body) // net/http has copied it, or sent it
 	return nil
 }
 

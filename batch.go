@@ -1,0 +1,218 @@
+package main
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"slices"
+)
+
+// The statements for many calls at a time, which [coalescer] brings together.
+// They tell the calls apart by their ids. What a statement can't do at once it
+// leaves out, and its caller does it alone, to get the same answer or the same
+// error as ever: a row that is locked, so that it delays only its own callers,
+// an address that is taken, a precondition that does not hold.
+var (
+	insertUsers = "INSERT INTO users (id, email, name) SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) " +
+		"ON CONFLICT DO NOTHING RETURNING " + columns
+	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
+	findUsers   = "SELECT " + columns + ", wanted FROM unnest($1::text[]) AS wanted JOIN users ON lower(email) = lower(wanted)"
+	updateUsers = "WITH free AS MATERIALIZED (SELECT id FROM users WHERE id = ANY ($1::uuid[]) FOR NO KEY UPDATE SKIP LOCKED) " +
+		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
+		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') " +
+		"FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[]) AS change (user_id, new_email, new_name, match, none_match) " +
+		"WHERE id = user_id AND id IN (SELECT id FROM free) AND " + conditionsHold("match", "none_match") + " RETURNING " + columns
+	deleteUsers = "WITH free AS MATERIALIZED (SELECT id FROM users WHERE id = ANY ($1::uuid[]) FOR UPDATE SKIP LOCKED) " +
+		"DELETE FROM users USING unnest($1::uuid[], $2::text[], $3::text[]) AS gone (user_id, match, none_match) " +
+		"WHERE id = user_id AND id IN (SELECT id FROM free) AND " + conditionsHold("match", "none_match") + " RETURNING " + columns
+)
+
+// errAlone is the answer to a call that its statement has left out, or that
+// was in one with a call that failed: run the statement for this call alone.
+var errAlone = errors.New("run it alone")
+
+// What calls ask for. The key is what tells a call's user from the others'.
+type (
+	lookUp     string // an id, or an address
+	draft      struct{ id, email, name string }
+	userChange struct {
+		id          string
+		email, name *string
+		when        preconditions
+	}
+)
+
+func (k lookUp) key() string     { return string(k) }
+func (n draft) key() string      { return n.id }
+func (c userChange) key() string { return c.id }
+
+// batches are the queues of a store, one for each kind of statement.
+type batches struct {
+	creates *coalescer[draft, user]
+	gets    *coalescer[lookUp, user] // by id
+	finds   *coalescer[lookUp, user] // by address
+	updates *coalescer[userChange, user]
+	deletes *coalescer[userChange, user]
+}
+
+func newBatches(s *store) batches {
+	return batches{
+		creates: newCoalescer(s.createMany),
+		gets:    newCoalescer(s.getMany),
+		finds:   newCoalescer(s.findMany),
+		updates: newCoalescer(s.updateMany),
+		deletes: newCoalescer(s.deleteMany),
+	}
+}
+
+func (s *store) createMany(ctx context.Context, calls []*call[draft, user]) {
+	if len(calls) == 1 {
+		calls[0].answer, calls[0].err = s.createAlone(ctx, calls[0].ask)
+		return
+	}
+	var ids, emails, names []byte
+	for _, c := range calls {
+		ids = appendElement(ids, &c.ask.id)
+		emails = appendElement(emails, &c.ask.email)
+		names = appendElement(names, &c.ask.name)
+	}
+	made, err := s.query(ctx, insertUsers, array(ids), array(emails), array(names))
+	deal(calls, byID(made), err, errAlone)
+}
+
+func (s *store) getMany(ctx context.Context, calls []*call[lookUp, user]) {
+	if len(calls) == 1 {
+		calls[0].answer, calls[0].err = s.one(ctx, selectUser, string(calls[0].ask))
+		return
+	}
+	var ids []byte
+	for _, c := range calls {
+		ids = appendElement(ids, (*string)(&c.ask))
+	}
+	found, err := s.query(ctx, selectUsers, array(ids))
+	deal(calls, byID(found), err, errNotFound)
+}
+
+func (s *store) findMany(ctx context.Context, calls []*call[lookUp, user]) {
+	if len(calls) == 1 {
+		calls[0].answer, calls[0].err = s.one(ctx, findUser, string(calls[0].ask))
+		return
+	}
+	var emails []byte
+	for _, c := range calls {
+		emails = appendElement(emails, (*string)(&c.ask))
+	}
+	var found map[string]user // by what was asked for: only PostgreSQL knows how it folds letters
+	err := s.run(ctx, findUsers, []any{array(emails)}, func(rows *sql.Rows) error {
+		found = make(map[string]user, len(calls))
+		for rows.Next() {
+			var u user
+			var wanted string
+			if err := rows.Scan(append(u.fields(), &wanted)...); err != nil {
+				return err
+			}
+			found[wanted] = u
+		}
+		return nil
+	})
+	deal(calls, found, err, errNotFound)
+}
+
+func (s *store) updateMany(ctx context.Context, calls []*call[userChange, user]) {
+	if len(calls) == 1 {
+		calls[0].answer, calls[0].err = s.updateAlone(ctx, calls[0].ask)
+		return
+	}
+	calls = withoutRepeats(calls)
+	var ids, emails, names, matches, noneMatches []byte
+	for _, c := range calls {
+		ids = appendElement(ids, &c.ask.id)
+		emails = appendElement(emails, c.ask.email)
+		names = appendElement(names, c.ask.name)
+		matches = appendElement(matches, c.ask.when.match)
+		noneMatches = appendElement(noneMatches, c.ask.when.noneMatch)
+	}
+	changed, err := s.query(ctx, updateUsers, array(ids), array(emails), array(names), array(matches), array(noneMatches))
+	deal(calls, byID(changed), err, errAlone)
+}
+
+func (s *store) deleteMany(ctx context.Context, calls []*call[userChange, user]) {
+	if len(calls) == 1 {
+		calls[0].answer, calls[0].err = s.deleteAlone(ctx, calls[0].ask)
+		return
+	}
+	calls = withoutRepeats(calls)
+	var ids, matches, noneMatches []byte
+	for _, c := range calls {
+		ids = appendElement(ids, &c.ask.id)
+		matches = appendElement(matches, c.ask.when.match)
+		noneMatches = appendElement(noneMatches, c.ask.when.noneMatch)
+	}
+	gone, err := s.query(ctx, deleteUsers, array(ids), array(matches), array(noneMatches))
+	deal(calls, byID(gone), err, errAlone)
+}
+
+// withoutRepeats returns the first call for each user: two writes to one user
+// never are in one statement, where the first could not see the second.
+func withoutRepeats(calls []*call[userChange, user]) []*call[userChange, user] {
+	seen := make(map[string]bool, len(calls))
+	return slices.DeleteFunc(slices.Clone(calls), func(c *call[userChange, user]) bool {
+		if seen[c.ask.id] {
+			c.err = errAlone
+			return true
+		}
+		seen[c.ask.id] = true
+		return false
+	})
+}
+
+func byID(users []user) map[string]user {
+	m := make(map[string]user, len(users))
+	for _, u := range users {
+		m[u.ID] = u
+	}
+	return m
+}
+
+// deal gives each call the user that it asked for, or missing. If the
+// statement has failed, it is the database's failure for all of them, or that
+// of one, which each finds out alone.
+func deal[Q interface{ key() string }](calls []*call[Q, user], users map[string]user, err error, missing error) {
+	var f *failure
+	if err != nil && !(errors.As(err, &f) && (f.kind == kindUnavailable || f.kind == kindTimeout)) {
+		err = errAlone
+	}
+	for _, c := range calls {
+		u, ok := users[c.ask.key()]
+		switch c.answer = u; {
+		case err != nil:
+			c.err = err
+		case !ok:
+			c.err = missing
+		}
+	}
+}
+
+// appendElement appends an element to the text of a PostgreSQL array (its
+// manual, section 8.15.6); nil is NULL.
+func appendElement(b []byte, s *string) []byte {
+	if b == nil {
+		b = append(b, '{')
+	} else {
+		b = append(b, ',')
+	}
+	if s == nil {
+		return append(b, "NULL"...)
+	}
+	b = append(b, '"')
+	for i := 0; i < len(*s); i++ {
+		if c := (*s)[i]; c == '"' || c == '\\' {
+			b = append(b, '\\')
+		}
+		b = append(b, (*s)[i])
+	}
+	return append(b, '"')
+}
+
+// array completes the text that [appendElement] has begun.
+func array(elements []byte) string { return string(append(elements, '}')) }

@@ -1,0 +1,356 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The mechanism, on statements that the test makes up. Time is that of
+// testing/synctest: it passes only when everybody waits.
+
+// statements is a run function whose statements take until the test lets them
+// go, and whose answer is twice what was asked.
+type statements struct {
+	asked   chan []int    // what each statement has in it, when it begins
+	release chan struct{} // lets one go
+}
+
+func newStatements() *statements {
+	return &statements{asked: make(chan []int, 100), release: make(chan struct{})}
+}
+
+func (s *statements) run(ctx context.Context, calls []*call[int, int]) {
+	var asks []int
+	for _, c := range calls {
+		asks = append(asks, c.ask)
+	}
+	s.asked <- asks
+	<-s.release
+	for _, c := range calls {
+		c.answer, c.err = 2*c.ask, ctx.Err()
+	}
+}
+
+// letGo lets a statement end, and waits for what follows from that.
+func (s *statements) letGo() {
+	s.release <- struct{}{}
+	synctest.Wait()
+}
+
+// begun returns what the statements that have begun since the last look have in them.
+func (s *statements) begun() (begun [][]int) {
+	synctest.Wait()
+	for {
+		select {
+		case asks := <-s.asked:
+			slices.Sort(asks[1:]) // the first is the leader's own, the others came at once
+			begun = append(begun, asks)
+		default:
+			return begun
+		}
+	}
+}
+
+// ask calls do in a goroutine of its own, and checks the answer.
+func ask(t *testing.T, ctx context.Context, c *coalescer[int, int], n int, want error) {
+	go func() {
+		answer, err := c.do(ctx, n)
+		if !errors.Is(err, want) || err == nil && answer != 2*n {
+			t.Errorf("do(%d): %d, %v; want %v", n, answer, err, want)
+		}
+	}()
+	synctest.Wait()
+}
+
+func wantBegun(t *testing.T, s *statements, want ...[]int) {
+	t.Helper()
+	if got := s.begun(); fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("statements began with %v, want %v", got, want)
+	}
+}
+
+func TestCoalesceWhoWaitTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		c := newCoalescer(s.run)
+		ask(t, t.Context(), c, 1, nil)
+		wantBegun(t, s, []int{1}) // a lone request travels alone, at once
+		for n := 2; n <= 5; n++ {
+			ask(t, t.Context(), c, n, nil)
+		}
+		wantBegun(t, s) // one statement is under way
+		s.letGo()
+		wantBegun(t, s, []int{2, 3, 4, 5})
+		ask(t, t.Context(), c, 6, nil) // what has been sent, nobody joins
+		wantBegun(t, s)
+		s.letGo()
+		wantBegun(t, s, []int{6})
+		s.letGo()
+		ask(t, t.Context(), c, 7, nil)
+		wantBegun(t, s, []int{7})
+		s.letGo()
+	})
+}
+
+func TestCoalesceSlowStatement(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		c := newCoalescer(s.run)
+		ask(t, t.Context(), c, 1, nil)
+		ask(t, t.Context(), c, 2, nil)
+		wantBegun(t, s, []int{1})
+		time.Sleep(patient) // of the bubble's time
+		wantBegun(t, s, []int{2})
+		ask(t, t.Context(), c, 3, nil)
+		wantBegun(t, s) // it waits for the second, which is still young
+		time.Sleep(patient)
+		wantBegun(t, s, []int{3})
+		time.Sleep(patient)
+		ask(t, t.Context(), c, 4, nil) // all are slow: nobody is waited for
+		wantBegun(t, s, []int{4})
+		for range 4 {
+			s.letGo()
+		}
+	})
+}
+
+func TestCoalesceWhoLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		c := newCoalescer(s.run)
+		first, leaveFirst := context.WithCancel(t.Context())
+		second, leaveSecond := context.WithCancel(t.Context())
+		third, leaveThird := context.WithCancel(t.Context())
+		ask(t, first, c, 1, context.Canceled) // alone in its statement, which ends with it
+		ask(t, second, c, 2, context.Canceled)
+		ask(t, third, c, 3, nil) // it will lead, and do what it has begun
+		ask(t, t.Context(), c, 4, nil)
+		ask(t, t.Context(), c, 5, nil)
+		leaveSecond()
+		leaveFirst()
+		s.letGo()
+		wantBegun(t, s, []int{1}, []int{3, 4, 5}) // without 2
+		leaveThird()                              // the leader: the others don't notice
+		s.letGo()
+		ask(t, t.Context(), c, 6, nil)
+		wantBegun(t, s, []int{6})
+		s.letGo()
+	})
+}
+
+func TestCoalesceWhoLeavesFromAStatement(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		c := newCoalescer(s.run)
+		ctx, leave := context.WithTimeout(t.Context(), time.Millisecond)
+		defer leave()
+		ask(t, t.Context(), c, 1, nil)
+		ask(t, t.Context(), c, 2, nil)
+		ask(t, ctx, c, 3, context.DeadlineExceeded)
+		s.letGo()
+		wantBegun(t, s, []int{1}, []int{2, 3})
+		time.Sleep(time.Millisecond)
+		synctest.Wait() // 3 is gone, and its statement goes on
+		s.letGo()
+	})
+}
+
+// The deadline of a statement is that of its last caller.
+func TestCoalesceDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var deadlines []time.Duration
+		start := time.Now()
+		begin := make(chan bool)
+		c := newCoalescer(func(ctx context.Context, calls []*call[int, int]) {
+			<-begin
+			deadline, ok := ctx.Deadline()
+			if !ok {
+				t.Error("no deadline")
+			}
+			deadlines = append(deadlines, deadline.Sub(start))
+		})
+		for i, d := range []time.Duration{time.Hour, time.Minute, 3 * time.Minute, 2 * time.Minute} {
+			ctx, cancel := context.WithTimeout(t.Context(), d)
+			defer cancel()
+			go c.do(ctx, i)
+			synctest.Wait()
+		}
+		begin <- true
+		begin <- true
+		synctest.Wait()
+		if want := []time.Duration{time.Hour, 3 * time.Minute}; !slices.Equal(deadlines, want) {
+			t.Errorf("deadlines %v, want %v", deadlines, want)
+		}
+	})
+}
+
+func TestCoalesceBounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		c := newCoalescer(s.run)
+		ask(t, t.Context(), c, 0, nil)
+		wantBegun(t, s, []int{0})
+		for n := range maxWaiting {
+			go c.do(t.Context(), n)
+		}
+		synctest.Wait()
+		var refused *failure
+		if _, err := c.do(t.Context(), 1); !errors.As(err, &refused) || refused.kind != kindUnavailable {
+			t.Errorf("one more than can wait: %v", err)
+		}
+		for left := maxWaiting; left > 0; left -= maxCalls {
+			s.letGo()
+			if begun := s.begun(); len(begun) != 1 || len(begun[0]) != maxCalls {
+				t.Fatalf("%d calls are left, and statements began with %v", left, begun)
+			}
+		}
+		s.letGo()
+	})
+}
+
+func TestCoalescePanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := make(chan bool)
+		c := newCoalescer(func(ctx context.Context, calls []*call[int, int]) {
+			if <-begin; calls[0].ask == 2 {
+				panic("as the test wants it")
+			}
+		})
+		errs := make([]error, 4)
+		panics := make([]any, 4)
+		for n := range 4 {
+			go func() {
+				defer func() { panics[n] = recover() }()
+				_, errs[n] = c.do(t.Context(), n+1)
+			}()
+			synctest.Wait()
+		}
+		begin <- true // 1, alone
+		begin <- true // 2, with 3 and 4
+		synctest.Wait()
+		if errs[0] != nil || panics[1] == nil || errs[2] == nil || errs[3] == nil {
+			t.Errorf("errors %v, panics %v", errs, panics)
+		}
+		go func() { begin <- true }() // 5
+		if _, err := c.do(t.Context(), 5); err != nil {
+			t.Errorf("after a panic: %v", err)
+		}
+	})
+}
+
+// A read sees every write that was acknowledged before it was called. If a call
+// could join a statement that is under way, it would not: a reader checks that
+// against what was written when it asked.
+func TestCoalesceReadsSeeWrites(t *testing.T) {
+	t.Parallel()
+	var written, acknowledged atomic.Int64
+	reads := newCoalescer(func(ctx context.Context, calls []*call[int, int64]) {
+		seen := written.Load()
+		time.Sleep(time.Microsecond) // a statement takes longer than its look into the table
+		for _, c := range calls {
+			c.answer = seen
+		}
+	})
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 2000 {
+				before := acknowledged.Load()
+				seen, err := reads.do(t.Context(), 0)
+				if err != nil || seen < before {
+					t.Errorf("a read sees %d, %d was acknowledged before: %v", seen, before, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Go(func() {
+		for range 20000 {
+			acknowledged.Store(written.Add(1))
+		}
+	})
+	wg.Wait()
+}
+
+// Callers come and leave at random, and each who stays gets its own answer.
+func TestCoalesceStress(t *testing.T) {
+	t.Parallel()
+	c := newCoalescer(func(ctx context.Context, calls []*call[int, int]) {
+		for _, c := range calls {
+			c.answer = 2 * c.ask
+		}
+	})
+	var wg sync.WaitGroup
+	for worker := range 50 {
+		wg.Go(func() {
+			for i := range 500 {
+				ctx, cancel := context.WithCancel(t.Context())
+				if rand.IntN(3) == 0 {
+					go cancel()
+				}
+				n := worker*1000 + i
+				if answer, err := c.do(ctx, n); err == nil && answer != 2*n || err != nil && !errors.Is(err, context.Canceled) {
+					t.Errorf("do(%d): %d, %v", n, answer, err)
+				}
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	if c.leader != nil || len(c.waiting) > 0 {
+		t.Errorf("at the end, %v leads and %d wait", c.leader, len(c.waiting))
+	}
+}
+
+func TestSharer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s sharer[string]
+		reads := make(chan string, 100)
+		release := make(chan bool)
+		get := func(key string) {
+			go func() {
+				got, err := s.do(t.Context(), key, func(context.Context) (string, error) {
+					reads <- key
+					<-release
+					return "page " + key, nil
+				})
+				if got != "page "+key || err != nil {
+					t.Errorf("do(%s): %s, %v", key, got, err)
+				}
+			}()
+			synctest.Wait()
+		}
+		for _, key := range strings.Fields("a a a b a b") {
+			get(key)
+		}
+		begun := func() (keys string) {
+			synctest.Wait()
+			for len(reads) > 0 {
+				keys += <-reads
+			}
+			return keys
+		}
+		if got := begun(); got != "ab" {
+			t.Errorf("reads of %q, want one of each page", got)
+		}
+		for range 4 {
+			release <- true
+			synctest.Wait()
+		}
+		if got := begun(); got != "ab" && got != "ba" {
+			t.Errorf("then reads of %q, want one for all who waited for each page", got)
+		}
+		if len(s.byKey) != 0 {
+			t.Errorf("%d keys are remembered for nobody", len(s.byKey))
+		}
+	})
+}
