@@ -291,16 +291,14 @@ func mintToken(secret []byte, g grant, now time.Time) string {
 	return signed + "." + base64URL.EncodeToString(hmacSum(crypto.SHA256, secret, []byte(signed)))
 }
 
-// requireAuth lets a request for the API pass to next only with a token that
-// allows its method. It guards all of /api/, so that without a token an unknown
-// route there looks like a known one; other paths pass.
+// requireAuth lets a request pass to next only with a token that allows its
+// method. It stands before the routes, so that without a token an unknown route
+// looks like a known one.
 func requireAuth(v *verifier, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(r.URL.Path, "/api/") {
-			if err := authorize(v, w, r); err != nil {
-				writeError(w, r, err)
-				return
-			}
+		if err := authorize(v, w, r); err != nil {
+			writeError(w, r, err)
+			return
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -53,6 +53,7 @@ type batches struct {
 	finds   *coalescer[lookUp, user] // by address
 	updates *coalescer[userChange, user]
 	deletes *coalescer[userChange, user]
+	pings   *coalescer[struct{}, struct{}]
 }
 
 func newBatches(s *store) batches {
@@ -62,6 +63,7 @@ func newBatches(s *store) batches {
 		finds:   newCoalescer(s.findMany),
 		updates: newCoalescer(s.updateMany),
 		deletes: newCoalescer(s.deleteMany),
+		pings:   newCoalescer(s.pingMany),
 	}
 }
 

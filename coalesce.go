@@ -2,7 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
+	"fmt"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -14,11 +15,10 @@ import (
 // parse, a process to wake, an answer to send, and for a write a disk to wait
 // for. So requests that wait at the same moment are asked for together.
 //
-// There is no added delay and no goroutine behind it. A caller who finds no
-// statement under way runs one at once, alone: a lone request travels alone.
-// Those who come meanwhile wait; when the statement has ended, the first of
-// them runs the next one, and all who wait by then ride along. The busier it
-// gets, the more is asked at a time.
+// There is no added delay. A caller who finds no statement under way starts one
+// at once, alone: a lone request travels alone. Those who come meanwhile wait;
+// when the statement has ended, the next takes all who wait by then. The
+// busier it gets, the more is asked at a time.
 //
 // One statement at a time is enough while statements are short, and the fewer
 // there are, the more rides in each. One that takes long (it waits for a lock,
@@ -32,7 +32,7 @@ type coalescer[Q, A any] struct {
 	run func(ctx context.Context, calls []*call[Q, A])
 
 	mu      sync.Mutex
-	leader  *call[Q, A]   // whose statement the others wait for; nil: nobody's
+	current *worker       // who will take those that wait; nil: nobody, so nobody waits
 	waiting []*call[Q, A] // in the order of their arrival
 }
 
@@ -41,18 +41,14 @@ type call[Q, A any] struct {
 	ask    Q
 	answer A
 	err    error
+	panic  any // what run panicked with
 
 	ctx  context.Context
-	turn chan turn // of capacity 1, for the one thing that happens to a waiting call
+	done chan struct{} // closed when all the above is set
 }
 
-// A turn is what a waiting caller wakes up to.
-type turn bool
-
-const (
-	answered turn = false // the call has been answered by another's statement
-	lead     turn = true  // run a statement for all who wait, yourself included
-)
+// A worker runs one statement after the other, while there are calls.
+type worker struct{ _ byte } // told from others by its address
 
 const (
 	// patient is how long the others wait for a statement before the next
@@ -72,105 +68,100 @@ func newCoalescer[Q, A any](run func(context.Context, []*call[Q, A])) *coalescer
 // only a statement that has not been sent: so a read sees every write that was
 // acknowledged before it was called.
 //
-// When ctx ends first, the error is ctx's, and what was asked may have been
-// done all the same. When too many wait, the error is a failure of the kind
-// unavailable, and nothing was done.
+// When ctx ends first, the error is ctx's, whatever the statement is doing, and
+// what was asked may be done all the same, unless it had not been sent: then it
+// never is. When too many wait, the error is a failure of the kind unavailable,
+// and nothing was done. If run panics, so does do.
 func (c *coalescer[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
-	me := &call[Q, A]{ask: ask, ctx: ctx}
+	me := &call[Q, A]{ask: ask, ctx: ctx, done: make(chan struct{})}
 	c.mu.Lock()
-	switch {
-	case c.leader == nil:
-		c.leader = me
-		c.mu.Unlock()
-		c.lead([]*call[Q, A]{me})
-		return me.answer, me.err
-	case len(c.waiting) >= maxWaiting:
+	if len(c.waiting) >= maxWaiting {
 		c.mu.Unlock()
 		return answer, &failure{kind: kindUnavailable, message: "Too many requests are waiting"}
 	}
-	me.turn = make(chan turn, 1)
 	c.waiting = append(c.waiting, me)
+	if c.current == nil {
+		c.startWorker()
+	}
 	c.mu.Unlock()
 
 	select {
-	case t := <-me.turn:
-		if t == answered {
-			return me.answer, me.err
+	case <-me.done:
+		if me.panic != nil {
+			panic(me.panic)
 		}
-		if ctx.Err() == nil {
-			c.lead(c.take(me))
-			return me.answer, me.err
-		}
+		return me.answer, me.err
 	case <-ctx.Done():
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if i := slices.Index(c.waiting, me); i >= 0 {
+			c.waiting = slices.Delete(c.waiting, i, i+1)
+		}
+		return answer, ctx.Err()
 	}
-	c.leave(me)
-	return answer, ctx.Err()
 }
 
-// take removes the calls of the next statement from the queue, and returns
-// them behind the leader's own.
-func (c *coalescer[Q, A]) take(leader *call[Q, A]) []*call[Q, A] {
+// startWorker has a new worker take those who wait. The caller holds c.mu.
+func (c *coalescer[Q, A]) startWorker() {
+	w := new(worker)
+	c.current = w
+	go func() {
+		for calls := c.take(w); len(calls) > 0; calls = c.take(w) {
+			impatience := time.AfterFunc(patient, func() { c.replace(w) })
+			c.work(calls)
+			impatience.Stop()
+		}
+	}()
+}
+
+// take removes the calls of w's next statement from the queue. There are none
+// if nobody waits, or if another has taken the place of w.
+func (c *coalescer[Q, A]) take(w *worker) (calls []*call[Q, A]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	calls := append(make([]*call[Q, A], 0, 1+len(c.waiting)), leader)
+	if c.current != w {
+		return nil
+	}
 	n := 0
 	for ; n < len(c.waiting) && len(calls) < maxCalls; n++ {
-		if other := c.waiting[n]; other.ctx.Err() == nil { // else it is about to leave
-			calls = append(calls, other)
+		if call := c.waiting[n]; call.ctx.Err() == nil { // else it is about to leave
+			calls = append(calls, call)
 		}
 	}
 	c.waiting = slices.Delete(c.waiting, 0, n)
+	if len(calls) == 0 {
+		c.current = nil
+	}
 	return calls
 }
 
-// leave takes back a call that its caller does not wait for any longer. If a
-// statement has it already, nothing changes for the others in there.
-func (c *coalescer[Q, A]) leave(me *call[Q, A]) {
+// replace puts a new worker in the place of w, whose statement takes long.
+func (c *coalescer[Q, A]) replace(w *worker) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if i := slices.Index(c.waiting, me); i >= 0 {
-		c.waiting = slices.Delete(c.waiting, i, i+1)
-	}
-	c.passOn(me) // in case that it has just become our turn
-}
-
-// passOn lets the first who waits lead, if it was me. The caller holds c.mu.
-func (c *coalescer[Q, A]) passOn(me *call[Q, A]) {
-	if c.leader != me {
+	if c.current != w {
 		return
 	}
-	c.leader = nil
+	c.current = nil
 	if len(c.waiting) > 0 {
-		c.leader = c.waiting[0]
-		c.waiting = slices.Delete(c.waiting, 0, 1)
-		c.leader.turn <- lead
+		c.startWorker()
 	}
 }
 
-// lead runs one statement for calls, of which the first is the leader's own,
-// tells the others, and passes the lead on, at the latest when it has taken long.
-func (c *coalescer[Q, A]) lead(calls []*call[Q, A]) {
-	passOn := func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.passOn(calls[0])
-	}
-	impatience := time.AfterFunc(patient, passOn)
-	finished := false
-	defer func() { // not even a panic may keep the others waiting
-		for i, call := range calls {
-			if !finished {
-				call.err = errors.New("the statement was given up in a panic")
-			}
-			if i > 0 {
-				call.turn <- answered
-			}
+// work runs one statement for calls, and tells them.
+func (c *coalescer[Q, A]) work(calls []*call[Q, A]) {
+	defer func() {
+		v := recover() // each caller panics with it in its own goroutine, where it belongs
+		if v != nil {
+			v = fmt.Sprintf("%v\n%s", v, debug.Stack())
 		}
-		impatience.Stop()
-		passOn()
+		for _, call := range calls {
+			call.panic = v
+			close(call.done)
+		}
 	}()
 	ctx := calls[0].ctx
-	if len(calls) > 1 { // the leader's going away must not take the others' answers with it
+	if len(calls) > 1 { // the going away of one must not take the others' answers with it
 		ctx = context.WithoutCancel(ctx)
 		if latest, ok := latestDeadline(calls); ok {
 			var cancel context.CancelFunc
@@ -179,7 +170,6 @@ func (c *coalescer[Q, A]) lead(calls []*call[Q, A]) {
 		}
 	}
 	c.run(ctx, calls)
-	finished = true
 }
 
 // latestDeadline returns when the last of the calls has to be answered, and

@@ -52,7 +52,6 @@ func (s *statements) begun() (begun [][]int) {
 	for {
 		select {
 		case asks := <-s.asked:
-			slices.Sort(asks[1:]) // the first is the leader's own, the others came at once
 			begun = append(begun, asks)
 		default:
 			return begun
@@ -132,14 +131,14 @@ func TestCoalesceWhoLeaves(t *testing.T) {
 		third, leaveThird := context.WithCancel(t.Context())
 		ask(t, first, c, 1, context.Canceled) // alone in its statement, which ends with it
 		ask(t, second, c, 2, context.Canceled)
-		ask(t, third, c, 3, nil) // it will lead, and do what it has begun
+		ask(t, third, c, 3, context.Canceled)
 		ask(t, t.Context(), c, 4, nil)
 		ask(t, t.Context(), c, 5, nil)
 		leaveSecond()
 		leaveFirst()
 		s.letGo()
 		wantBegun(t, s, []int{1}, []int{3, 4, 5}) // without 2
-		leaveThird()                              // the leader: the others don't notice
+		leaveThird()                              // the others don't notice
 		s.letGo()
 		ask(t, t.Context(), c, 6, nil)
 		wantBegun(t, s, []int{6})
@@ -237,7 +236,7 @@ func TestCoalescePanic(t *testing.T) {
 		begin <- true // 1, alone
 		begin <- true // 2, with 3 and 4
 		synctest.Wait()
-		if errs[0] != nil || panics[1] == nil || errs[2] == nil || errs[3] == nil {
+		if errs[0] != nil || panics[0] != nil || panics[1] == nil || panics[2] == nil || panics[3] == nil {
 			t.Errorf("errors %v, panics %v", errs, panics)
 		}
 		go func() { begin <- true }() // 5
@@ -306,9 +305,11 @@ func TestCoalesceStress(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if c.leader != nil || len(c.waiting) > 0 {
-		t.Errorf("at the end, %v leads and %d wait", c.leader, len(c.waiting))
-	}
+	waitFor(t, "the last worker to end", func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.current == nil && len(c.waiting) == 0
+	})
 }
 
 func TestSharer(t *testing.T) {

@@ -22,6 +22,11 @@ const devDir = ".dev"
 // prepareDev makes up for what the environment does not set: a database, which
 // is started, and a secret. The database is nil if DATABASE_URL brings one.
 func prepareDev(ctx context.Context, getenv func(string) string, stderr io.Writer) (*devDatabase, func(string) string, error) {
+	// A mistake in the rest of the configuration is found before anything is made.
+	complete := map[string]string{"DATABASE_URL": "dbname=rollcall", "JWT_SECRET": strings.Repeat("x", minSecretBytes)}
+	if _, err := loadConfig(func(name string) string { return cmp.Or(getenv(name), complete[name]) }, true); err != nil {
+		return nil, nil, usageError(err.Error())
+	}
 	made := make(map[string]string)
 	var private *devDatabase
 	if getenv("DATABASE_URL") == "" {
@@ -49,14 +54,22 @@ func prepareDev(ctx context.Context, getenv func(string) string, stderr io.Write
 }
 
 // greet prints what a newcomer needs next: a token, and lines to paste.
-func greet(w io.Writer, cfg config, addr net.Addr) {
+func greet(w io.Writer, cfg config, addr net.Addr, private bool) {
 	base := "http://" + addr.String()
 	curl := "curl"
 	if cfg.tlsCertFile != "" {
 		base, curl = "https://"+addr.String(), "curl -k"
 	}
-	auth := ""
-	if !cfg.authOff && cfg.jwtSecret != nil {
+	auth, ending := "", "Ctrl-C stops rollcall."
+	if private {
+		ending = "Ctrl-C stops rollcall and its PostgreSQL; the users stay in " + devDir + "."
+	}
+	switch {
+	case cfg.authOff:
+	case cfg.jwtSecret == nil:
+		fmt.Fprintf(w, "\nThe calls take a token signed with a key of JWT_PUBLIC_KEY_FILE.\n")
+		auth = ` -H "Authorization: Bearer $TOKEN"`
+	default:
 		token := mintToken(cfg.jwtSecret, grant{subject: "dev", ttl: 24 * time.Hour, issuer: cfg.issuer, audience: cfg.audience}, time.Now())
 		fmt.Fprintf(w, "\nA token that may do everything for 24 hours:\n\n%s\n", token)
 		auth = " -H 'Authorization: Bearer " + token + "'"
@@ -68,9 +81,9 @@ Create a user, then list all:
 
 %[1]s%[2]s %[3]s%[4]s
 
-Ctrl-C stops rollcall and its PostgreSQL; the users stay in %[5]s.
+%[5]s
 
-`, curl, auth, base, usersPath, devDir)
+`, curl, auth, base, usersPath, ending)
 }
 
 // devSecret returns the key that signs the tokens of rollcall -dev. It is kept in

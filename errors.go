@@ -33,7 +33,7 @@ const (
 	kindTooLarge
 	kindMediaType
 	kindShape
-	kindGone
+	kindCallerGone
 	kindUnavailable
 	kindTimeout
 )
@@ -57,7 +57,7 @@ var answers = [...]struct {
 	kindTooLarge:     {http.StatusRequestEntityTooLarge, "Request body too large"},
 	kindMediaType:    {http.StatusUnsupportedMediaType, "Content-Type must be application/json"},
 	kindShape:        {http.StatusUnprocessableEntity, "Unexpected JSON"},
-	kindGone:         {499, "Client closed the request"}, // nginx's number, for the log: nobody reads this answer
+	kindCallerGone:   {499, "Client closed the request"}, // nginx's number, for the log: nobody reads this answer
 	kindUnavailable:  {http.StatusServiceUnavailable, "Service unavailable"},
 	kindTimeout:      {http.StatusServiceUnavailable, "The request took too long"},
 }
@@ -103,7 +103,7 @@ func asFailure(err error) *failure {
 	case errors.Is(err, context.DeadlineExceeded):
 		return &failure{kind: kindTimeout, cause: err}
 	case errors.Is(err, context.Canceled): // only the caller's going away cancels a request
-		return &failure{kind: kindGone, cause: err}
+		return &failure{kind: kindCallerGone, cause: err}
 	default:
 		return &failure{kind: kindInternal, cause: err}
 	}
@@ -125,17 +125,20 @@ func (h handlerFunc) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	f := asFailure(err)
 	status, message := answers[f.kind].status, cmp.Or(f.message, answers[f.kind].message)
-	exchangeOf(w).cause = f.cause
+	x := exchangeOf(w)
+	x.cause = f.cause
 
 	h := w.Header()
 	for name, values := range f.header {
 		h[name] = values
 	}
-	switch status {
-	case http.StatusServiceUnavailable:
+	if status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", "1") // seconds; RFC 9110, section 10.2.3
-	case http.StatusRequestEntityTooLarge:
-		h.Set("Connection", "close") // rather than read the rest of a body that nobody wants
+	}
+	if r.ContentLength != 0 && !x.bodyRead && r.ProtoMajor == 1 {
+		// Else net/http would wait for the rest of a body that nobody wants, before
+		// it sends the answer.
+		h.Set("Connection", "close")
 	}
 	h.Del("ETag") // those of a success that did not come about
 	h.Del("Location")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -43,6 +44,22 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	}
 	writeBody(w, http.StatusOK, jsonType, []byte(`{"status":"ready"}`))
 	return nil
+}
+
+// healthConfig reads what checkHealth needs, so that it can be run with less
+// than the whole configuration.
+func healthConfig(getenv func(string) string) (cfg config, err error) {
+	for _, v := range variables {
+		switch v.name {
+		case "HOST", "PORT", "TLS_CERT_FILE":
+			if value := cmp.Or(getenv(v.name), v.byDefault); value != "" {
+				if err := v.set(&cfg, value); err != nil {
+					return cfg, usageError(fmt.Sprintf("%s: %q %v", v.name, value, err))
+				}
+			}
+		}
+	}
+	return cfg, nil
 }
 
 // checkHealth asks the service of this configuration, on this host, whether it

@@ -28,7 +28,7 @@ var errNotObject = errors.New("a JSON object is expected")
 // A jsonError is text that is not JSON (RFC 8259). Its message is meant for
 // whoever sent the text.
 type jsonError struct {
-	offset int64 // bytes read until it was clear
+	offset int64 // the byte at which it became clear, from 1
 	reason string
 }
 
@@ -102,7 +102,7 @@ func checkJSON(data []byte) error {
 		for r, n := utf8.DecodeRune(data); r != utf8.RuneError || n > 1; r, n = utf8.DecodeRune(data[i:]) {
 			i += n
 		}
-		return &jsonError{int64(i), "the text is not UTF-8"}
+		return &jsonError{int64(i + 1), "the text is not UTF-8"}
 	}
 	if !json.Valid(data) {
 		var syntax *json.SyntaxError
@@ -125,7 +125,7 @@ func checkJSON(data []byte) error {
 		case unit < 0xDC00 && data[i+5] == '\\' && data[i+6] == 'u' && hex4(data[i+7:])&0xFC00 == 0xDC00:
 			i += 10
 		default: // RFC 8259, section 8.2: what a receiver makes of these is unpredictable
-			return &jsonError{int64(i - 1), "a surrogate without its other half"}
+			return &jsonError{int64(i), "a surrogate without its other half"}
 		}
 	}
 	return nil
@@ -199,15 +199,14 @@ func readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	body, err := io.ReadAll(r.Body)
 	if err == nil {
 		control.SetReadDeadline(time.Time{})
+		exchangeOf(w).bodyRead = true
 	}
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return nil, &failure{kind: kindTooLarge,
-			message: fmt.Sprintf("The body is larger than %d bytes", tooLarge.Limit)}
+		return nil, bodyTooLarge(tooLarge.Limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, &failure{kind: kindTimeout, message: "The body did not arrive in time", cause: err,
-			header: http.Header{"Connection": {"close"}}} // its rest is not to be taken for the next request
+		return nil, &failure{kind: kindTimeout, message: "The body did not arrive in time", cause: err}
 	case err != nil && r.Context().Err() != nil:
 		return nil, r.Context().Err()
 	case err != nil: // cut off, or framed wrongly

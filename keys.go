@@ -324,12 +324,22 @@ func parseJWK(data []byte) (key, error) {
 	k.id = id
 	if err == nil && j.has("alg") {
 		algorithm := j.text("alg")
-		if !k.takes(algorithm) {
+		if !signatureAlgorithm[algorithm] {
+			j.fail(errForeignKey)
+		} else if !k.takes(algorithm) {
 			j.fail(fmt.Errorf("alg is %.64q, and the key takes %s", algorithm, strings.Join(k.algorithms, ", ")))
 		}
 		k.algorithms, err = []string{algorithm}, j.err
 	}
 	return k, err
+}
+
+// signatureAlgorithm is true of the algorithms of signatures (RFC 7518, section
+// 3.1). All others are for encryption, and not for us.
+var signatureAlgorithm = map[string]bool{
+	"HS256": true, "HS384": true, "HS512": true, "RS256": true, "RS384": true, "RS512": true,
+	"PS256": true, "PS384": true, "PS512": true, "ES256": true, "ES384": true, "ES512": true,
+	"EdDSA": true, "Ed25519": true, "none": true,
 }
 
 // A jwk is a JSON Web Key that is being read. The first error sticks, so that

@@ -55,14 +55,11 @@ func main() {
 	} else {
 		err = run(ctx, os.Args[1:], getenv, os.Stdout, os.Stderr)
 	}
-	var usage usageError
-	switch {
-	case err == nil:
-	case errors.As(err, &usage):
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "rollcall: %v\n", err)
-		os.Exit(2)
-	default:
-		fmt.Fprintf(os.Stderr, "rollcall: %v\n", err)
+		if _, ok := errors.AsType[usageError](err); ok {
+			os.Exit(2)
+		}
 		os.Exit(1)
 	}
 }
@@ -101,16 +98,16 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	switch command := flags.Arg(0); {
 	case *dev && flags.NArg() > 0:
 		return usageError("-dev goes with no command")
-	case command == "":
+	case flags.NArg() == 0:
 		return serve(ctx, *dev, getenv, stdout, stderr)
 	case command == "token":
 		return printToken(flags.Args()[1:], getenv, stdout)
 	case flags.NArg() > 1:
 		return usageError(fmt.Sprintf("%s takes no arguments", command))
 	case command == "healthcheck":
-		cfg, err := loadConfig(getenv, false)
+		cfg, err := healthConfig(getenv)
 		if err != nil {
-			return usageError(err.Error())
+			return err
 		}
 		return checkHealth(ctx, cfg)
 	case command == "version":
@@ -146,12 +143,12 @@ func newHandler(cfg config, s *store, h *health, log *slog.Logger) http.Handler 
 
 	guarded := compress(exactPath(api))
 	guarded = limitBody(cfg.maxBodyBytes, guarded)
-	if !cfg.authOff {
-		guarded = requireAuth(newVerifier(cfg.keys, cfg.issuer, cfg.audience), guarded)
-	}
 	guarded = deadline(cfg.requestTimeout, guarded)
 	guarded = limitInFlight(cfg.maxInFlight, guarded)
 	guarded = whenStarted(s, guarded)
+	if !cfg.authOff {
+		guarded = requireAuth(newVerifier(cfg.keys, cfg.issuer, cfg.audience), guarded)
+	}
 
 	root := cors(cfg.corsOrigins, split("/api/", guarded, exactPath(open)))
 	return observe(log, recoverPanics(log, root))
@@ -190,6 +187,9 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	var private *devDatabase
 	if dev {
 		if private, getenv, err = prepareDev(ctx, getenv, stderr); err != nil {
+			if ctx.Err() != nil { // Ctrl-C while it was starting
+				return nil
+			}
 			return err
 		}
 		if private != nil {
@@ -201,6 +201,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		return usageError(err.Error())
 	}
 	log := newLogger(cfg, stderr)
+	log.Debug("configuration", "values", cfg)
 	s, err := openStore(cfg, log)
 	if err != nil {
 		return err
@@ -249,7 +250,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		}
 		log.Info("ready")
 		if dev {
-			greet(stdout, cfg, listener.Addr())
+			greet(stdout, cfg, listener.Addr(), private != nil)
 		}
 	}()
 
@@ -299,7 +300,6 @@ func printToken(args []string, getenv func(string) string, stdout io.Writer) err
 	sub := flags.String("sub", "", "")
 	ttl := flags.Duration("ttl", time.Hour, "")
 	scope := flags.String("scope", "", "")
-	var secret config
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(stdout, usage)
@@ -310,17 +310,26 @@ func printToken(args []string, getenv func(string) string, stdout io.Writer) err
 		return usageError(fmt.Sprintf("token: %q is no flag", flags.Arg(0)))
 	case *sub == "":
 		return usageError("token: -sub is missing: whose token is it?")
+	case *scope == "" && isSet(flags, "scope"):
+		return usageError("token: -scope is empty: without a scope, a token may do everything; leave the flag out if that is meant")
 	case *ttl < time.Second:
 		return usageError("token: -ttl must be a second or more")
 	case getenv("JWT_SECRET") == "":
 		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
 	}
-	if err := secret.setSecret(getenv("JWT_SECRET")); err != nil {
+	secret := []byte(getenv("JWT_SECRET"))
+	if _, err := secretKey(secret); err != nil {
 		return usageError("JWT_SECRET: " + err.Error())
 	}
-	_, err := fmt.Fprintln(stdout, mintToken(secret.jwtSecret, grant{subject: *sub, ttl: *ttl, scope: *scope,
+	_, err := fmt.Fprintln(stdout, mintToken(secret, grant{subject: *sub, ttl: *ttl, scope: *scope,
 		issuer: getenv("JWT_ISSUER"), audience: getenv("JWT_AUDIENCE")}, time.Now()))
 	return err
+}
+
+// isSet reports whether a flag was given.
+func isSet(flags *flag.FlagSet, name string) (set bool) {
+	flags.Visit(func(f *flag.Flag) { set = set || f.Name == name })
+	return set
 }
 
 // newLogger returns the log that cfg asks for.

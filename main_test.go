@@ -104,9 +104,12 @@ func TestExitCodes(t *testing.T) {
 		{"token without secret", "token -sub alice", nil, 2, `^$`, `JWT_SECRET is not set`},
 		{"token with a short secret", "token -sub alice", map[string]string{"JWT_SECRET": "tooshort"}, 2, `^$`, `JWT_SECRET: .*32`},
 		{"token for nobody", "token", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-sub is missing`},
+		{"token with an empty scope", "token -sub a -scope=", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-scope is empty`},
 		{"token that never lived", "token -sub a -ttl -1h", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-ttl must be`},
 		{"token with a stray word", "token -sub a b", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `"b" is no flag`},
 		{"healthcheck of nothing", "healthcheck", testEnv("dbname=x", "PORT=1"), 1, `^$`, `refused`},
+		{"healthcheck with nothing else configured", "healthcheck", map[string]string{"PORT": "1"}, 1, `^$`, `127.0.0.1:1.*refused`},
+		{"-dev with a mistake", "-dev", map[string]string{"PORT": "x"}, 2, `^$`, `^rollcall: PORT: "x"[^\n]*\n$`},
 		{"healthcheck of any port", "healthcheck", testEnv("dbname=x"), 2, `^$`, `PORT=0`},
 	} {
 		t.Run(test.name, func(t *testing.T) {

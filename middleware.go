@@ -25,10 +25,10 @@ import (
 //
 // then, for the API alone, since health must answer whatever happens:
 //
-//	whenStarted    before anything is spent on a request that can't be served
+//	requireAuth    before all else, so that a stranger learns and occupies nothing
+//	whenStarted    before more is spent on a request that can't be served
 //	limitInFlight  as early: refusing has to stay cheap when there is too much
 //	deadline       once a request is let in, its time runs
-//	requireAuth    before the body is read, so that a stranger can't send one
 //	limitBody      just around those who read it
 //	compress       sees the answers of the handlers alone
 //
@@ -40,12 +40,13 @@ import (
 // log. It is the http.ResponseWriter of all layers below observe.
 type exchange struct {
 	http.ResponseWriter
-	status  int    // 0 until it has been written
-	bytes   int64  // of the body
-	id      string // X-Request-Id
-	traceID string // of a W3C traceparent; empty without one
-	subject string // whose token it came with; empty without one
-	cause   error  // what went wrong, where the answer does not tell
+	status   int    // 0 until it has been written
+	bytes    int64  // of the answer's body
+	bodyRead bool   // the request's body has been read to its end
+	id       string // X-Request-Id
+	traceID  string // of a W3C traceparent; empty without one
+	subject  string // whose token it came with; empty without one
+	cause    error  // what went wrong, where the answer does not tell
 }
 
 func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
@@ -286,7 +287,7 @@ func exactPath(next http.Handler) http.Handler {
 		case r.RequestURI == "*" && r.Method == http.MethodOptions:
 			w.Header().Set("Allow", corsMethods+", OPTIONS")
 			w.WriteHeader(http.StatusNoContent)
-		case p != "" && path.Clean(p) == p:
+		case r.RequestURI != "*" && p != "" && path.Clean(p) == p:
 			next.ServeHTTP(w, r)
 		default:
 			writeError(w, r, errNotFound)
@@ -330,9 +331,18 @@ func deadline(limit time.Duration, next http.Handler) http.Handler {
 	})
 }
 
-// limitBody makes reading more than most bytes of a body an error.
+func bodyTooLarge(most int64) *failure {
+	return &failure{kind: kindTooLarge, message: fmt.Sprintf("The body is larger than %d bytes", most)}
+}
+
+// limitBody refuses bodies of more than most bytes: at once if they announce
+// it, else when they are read.
 func limitBody(most int64, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength > most { // before the caller, who may be waiting for a 100, sends it
+			writeError(w, r, bodyTooLarge(most))
+			return
+		}
 		r.Body = http.MaxBytesReader(w, r.Body, most)
 		next.ServeHTTP(w, r)
 	})

@@ -243,9 +243,9 @@ func TestOrderNotStarted(t *testing.T) {
 	}
 	expect("/health", 200, "OK")
 	expect("/health/ready", 503, starting)
-	expect("/api/v1/users", 503, starting) // before a token is looked at: it could not be served anyway
+	expect("/api/v1/users", 401, "Missing bearer token") // a stranger learns nothing
 	expect("/api/v1/users", 503, starting, bearer("alice"))
-	expect("/api/nothing", 503, starting)
+	expect("/api/nothing", 503, starting, bearer("alice"))
 	expect("/nothing", 404, "Resource not found")
 
 	store.started.Store(true)
@@ -267,12 +267,14 @@ func TestOrderInFlight(t *testing.T) {
 	slow.send(fmt.Sprintf("POST /api/v1/users HTTP/1.1\r\nHost: rollcall\r\n%s\r\n"+
 		"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", bearer("ada"), len(body), body[:10]))
 
-	// Who has no token is turned away just as soon: it has to stay cheap.
 	var refused answer
 	waitFor(t, "the only place to be taken", func() bool {
-		refused = s.call("GET", "/api/v1/users", "")
-		return refused.status != 401
+		refused = s.call("GET", "/api/v1/users", "", bearer("ada"))
+		return refused.status != 200
 	})
+	if a := s.call("GET", "/api/v1/users", ""); a.status != 401 { // a stranger takes no place
+		t.Errorf("without a token: %d %s; want 401", a.status, a.body)
+	}
 	if want := `{"error":{"message":"Too many requests are being served","code":503}}`; refused.status != 503 || refused.body != want {
 		t.Errorf("%d %s; want 503 %s", refused.status, refused.body, want)
 	}
@@ -1114,4 +1116,40 @@ func TestDeadlineReachesTheSQL(t *testing.T) {
 			"AND pid IN (SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass)").Scan(&running)
 		return err == nil && running == 0
 	})
+}
+
+// A refusal does not wait for a body that nobody will read.
+func TestRefusalsDoNotWaitForTheBody(t *testing.T) {
+	t.Parallel()
+	s := newService(t, append(withAuth, "REQUEST_TIMEOUT=1h")...)
+	for _, tt := range []struct{ name, request, want string }{
+		{"no token", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n", "401"},
+		{"no route", "POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n", "404"},
+		{"no method", "PUT /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", "405"},
+		{"no type", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\n" + bearer("a") + "\r\nContent-Length: 10\r\n\r\n", "415"},
+		{"too large, and asking first", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\n" + bearer("a") + "\r\nContent-Type: application/json\r\n" +
+			"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n", "413"},
+		{"not a path", "GET * HTTP/1.1\r\nHost: x\r\n\r\n", "404"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			if _, err := io.WriteString(c, tt.request); err != nil {
+				t.Fatal(err)
+			}
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(resp.Body)
+			if !strings.HasPrefix(resp.Status, tt.want) || !strings.HasPrefix(string(body), `{"error":`) {
+				t.Errorf("%s %s; want %s", resp.Status, body, tt.want)
+			}
+		})
+	}
 }

@@ -161,11 +161,17 @@ func migrationFailure(m migration, err error) error {
 	if refused == nil || isUnavailable(err) {
 		return err
 	}
-	text := fmt.Sprintf("migration %d (%s): %s", m.version, m.title, refused.Message)
+	return &schemaError{fmt.Sprintf("migration %d (%s): %s", m.version, m.title, describe(refused))}
+}
+
+// describe returns all that PostgreSQL said: the message, and on lines of their
+// own the detail and the hint.
+func describe(refused *pq.Error) string {
+	text := refused.Message
 	for _, more := range []string{refused.Detail, refused.Hint} {
 		if more != "" {
 			text += "\n" + more
 		}
 	}
-	return &schemaError{text}
+	return text
 }

@@ -70,8 +70,8 @@ func acceptsGzip(accept []string) bool {
 	return q > 0 && q >= quality(accept, "identity")
 }
 
-// gzipMinBytes is the length from which on an answer is worth compressing: a
-// smaller one fits into a packet or two as it is.
+// gzipMinBytes is the length beyond which an answer is worth compressing: one
+// up to that fits into a packet as it is.
 const gzipMinBytes = 1024
 
 // compress is the layer that sends answers of over 1 KiB with gzip to those

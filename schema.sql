@@ -30,8 +30,21 @@ BEGIN
     LEFT JOIN pg_attribute a
         ON a.attrelid = 'users'::regclass AND a.attname = want.name AND NOT a.attisdropped
     WHERE a.atttypid IS DISTINCT FROM want.kind::regtype;
+    wrong := 'lacks ' || wrong;
+    IF wrong IS NULL THEN
+        SELECT 'demands ' || string_agg(attname, ', ' ORDER BY attname) INTO wrong
+        FROM pg_attribute
+        WHERE attrelid = 'users'::regclass AND attnum > 0 AND attnotnull AND NOT atthasdef AND NOT attisdropped
+            AND attname NOT IN ('id', 'email', 'name', 'created_at', 'updated_at');
+    END IF;
+    IF wrong IS NULL AND NOT EXISTS (
+        SELECT FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid AND c.conkey = ARRAY[a.attnum]
+        WHERE c.conrelid = 'users'::regclass AND c.contype = 'p' AND a.attname = 'id')
+    THEN
+        wrong := 'has no PRIMARY KEY (id)';
+    END IF;
     IF wrong IS NOT NULL THEN
-        RAISE EXCEPTION 'the table "users" of this database is not one of ours: it lacks %', wrong
+        RAISE EXCEPTION 'the table "users" of this database is not one of ours: it %', wrong
             USING HINT = 'Give rollcall a database (or, with search_path, a schema) of its own.';
     END IF;
 END $$;

