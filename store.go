@@ -67,13 +67,13 @@ type store struct {
 func openStore(cfg config, log *slog.Logger) (*store, error) {
 	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
 	s.many = newBatches(s)
-	open := func(patience time.Duration, conns int) (*sql.DB, error) {
+	open := func(patience, limit time.Duration, conns int) (*sql.DB, error) {
 		connector, err := pq.NewConnectorConfig(cfg.database)
 		if err != nil {
 			return nil, err
 		}
 		connector.Dialer(&dialer{patience: patience})
-		db := sql.OpenDB(connector)
+		db := sql.OpenDB(limited{connector, limit})
 		db.SetMaxOpenConns(conns)
 		db.SetMaxIdleConns(conns)
 		db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
@@ -81,12 +81,16 @@ func openStore(cfg config, log *slog.Logger) (*store, error) {
 		return db, nil
 	}
 	var err error
-	// A statement is cancelled at the deadline of its request; who has not
-	// answered even that for some seconds will not answer any more.
-	if s.db, err = open(cfg.requestTimeout+5*time.Second, cfg.dbMaxConns); err != nil {
+	limit := cfg.requestTimeout
+	if s.unprepared || cfg.database.Runtime["statement_timeout"] != "" {
+		limit = 0 // others share the session, or the operator has decided
+	}
+	// A statement ends after the time of a request; who has not answered even
+	// that for some seconds will not answer any more.
+	if s.db, err = open(cfg.requestTimeout+5*time.Second, limit, cfg.dbMaxConns); err != nil {
 		return nil, err
 	}
-	s.aside, err = open(0, 1)
+	s.aside, err = open(0, 0, 1)
 	s.aside.SetMaxIdleConns(0) // used once in a while: it connects anew
 	return s, err
 }
@@ -323,6 +327,15 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 }
 
 func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (err error) {
+	if err := ctx.Err(); err != nil { // nobody waits for it any more
+		return err
+	}
+	// To watch ctx, database/sql and lib/pq take a goroutine each. PostgreSQL ends
+	// the statement by itself, so ctx matters only where a connection has to be
+	// waited for.
+	if pool := s.db.Stats(); pool.Idle > 0 && !s.unprepared {
+		ctx = context.WithoutCancel(ctx)
+	}
 	var rows *sql.Rows
 	if s.unprepared {
 		rows, err = s.db.QueryContext(ctx, text, args...)
@@ -360,6 +373,8 @@ func translate(ctx context.Context, err error) error {
 	switch refused := pq.As(err); {
 	case ctx.Err() != nil: // whatever the driver made of it
 		return asFailure(fmt.Errorf("%w (%v)", ctx.Err(), err))
+	case pq.As(err, pqerror.QueryCanceled) != nil: // by statement_timeout
+		return &failure{kind: kindTimeout, cause: err}
 	case isUnavailable(err):
 		return &failure{kind: kindUnavailable, message: "The database is not available", cause: err}
 	case refused != nil && refused.Code == pqerror.UniqueViolation: // of the address, or of an id: see createAlone
@@ -387,6 +402,27 @@ func isUnavailable(err error) bool {
 	var netErr net.Error
 	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.As(err, &netErr) ||
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+// limited makes connections on which PostgreSQL ends every statement that takes
+// longer than limit; 0 is no limit. It is set by a statement, since not every
+// pooler lets it be a parameter of the connection.
+type limited struct {
+	*pq.Connector
+	limit time.Duration
+}
+
+func (l limited) Connect(ctx context.Context) (driver.Conn, error) {
+	c, err := l.Connector.Connect(ctx)
+	if err != nil || l.limit == 0 {
+		return c, err
+	}
+	text := fmt.Sprintf("SET statement_timeout = %d", max(1, l.limit.Milliseconds()))
+	if _, err := c.(driver.ExecerContext).ExecContext(ctx, text, nil); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // A dialer connects to PostgreSQL. Its connections give up on a server that is
