@@ -15,7 +15,7 @@ import (
 // parse, a process to wake, an answer to send, and for a write a disk to wait
 // for. So requests that wait at the same moment are asked for together.
 //
-// There is no added delay. A caller who finds no statement under way starts one
+// There is no added delay. A caller who finds no statement under way runs one
 // at once, alone: a lone request travels alone. Those who come meanwhile wait;
 // when the statement has ended, the next takes all who wait by then. The
 // busier it gets, the more is asked at a time.
@@ -44,7 +44,7 @@ type call[Q, A any] struct {
 	panic  any // what run panicked with
 
 	ctx  context.Context
-	done chan struct{} // closed when all the above is set
+	done chan struct{} // closed when all the above is set; nil if the caller does the work
 }
 
 // A worker runs one statement after the other, while there are calls.
@@ -73,24 +73,27 @@ func newCoalescer[Q, A any](run func(context.Context, []*call[Q, A])) *coalescer
 // never is. When too many wait, the error is a failure of the kind unavailable,
 // and nothing was done. If run panics, so does do.
 func (c *coalescer[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
-	me := &call[Q, A]{ask: ask, ctx: ctx, done: make(chan struct{})}
+	me := &call[Q, A]{ask: ask, ctx: ctx}
 	c.mu.Lock()
+	if c.current == nil { // and so nobody waits: no other goroutine need be woken
+		w := new(worker)
+		c.current = w
+		c.mu.Unlock()
+		c.work(w, []*call[Q, A]{me})
+		c.replace(w)
+		return me.result()
+	}
 	if len(c.waiting) >= maxWaiting {
 		c.mu.Unlock()
 		return answer, &failure{kind: kindUnavailable, message: "Too many requests are waiting"}
 	}
+	me.done = make(chan struct{})
 	c.waiting = append(c.waiting, me)
-	if c.current == nil {
-		c.startWorker()
-	}
 	c.mu.Unlock()
 
 	select {
 	case <-me.done:
-		if me.panic != nil {
-			panic(me.panic)
-		}
-		return me.answer, me.err
+		return me.result()
 	case <-ctx.Done():
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -101,15 +104,21 @@ func (c *coalescer[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
 	}
 }
 
+// result returns what came of the call.
+func (c *call[Q, A]) result() (A, error) {
+	if c.panic != nil {
+		panic(c.panic)
+	}
+	return c.answer, c.err
+}
+
 // startWorker has a new worker take those who wait. The caller holds c.mu.
 func (c *coalescer[Q, A]) startWorker() {
 	w := new(worker)
 	c.current = w
 	go func() {
 		for calls := c.take(w); len(calls) > 0; calls = c.take(w) {
-			impatience := time.AfterFunc(patient, func() { c.replace(w) })
-			c.work(calls)
-			impatience.Stop()
+			c.work(w, calls)
 		}
 	}()
 }
@@ -135,7 +144,7 @@ func (c *coalescer[Q, A]) take(w *worker) (calls []*call[Q, A]) {
 	return calls
 }
 
-// replace puts a new worker in the place of w, whose statement takes long.
+// replace puts a new worker in the place of w, which has ended or takes long.
 func (c *coalescer[Q, A]) replace(w *worker) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -148,16 +157,20 @@ func (c *coalescer[Q, A]) replace(w *worker) {
 	}
 }
 
-// work runs one statement for calls, and tells them.
-func (c *coalescer[Q, A]) work(calls []*call[Q, A]) {
+// work runs w's statement for calls, and tells them.
+func (c *coalescer[Q, A]) work(w *worker, calls []*call[Q, A]) {
+	impatience := time.AfterFunc(patient, func() { c.replace(w) })
 	defer func() {
+		impatience.Stop()
 		v := recover() // each caller panics with it in its own goroutine, where it belongs
 		if v != nil {
 			v = fmt.Sprintf("%v\n%s", v, debug.Stack())
 		}
 		for _, call := range calls {
 			call.panic = v
-			close(call.done)
+			if call.done != nil {
+				close(call.done)
+			}
 		}
 	}()
 	ctx := calls[0].ctx

@@ -86,8 +86,8 @@ func openStore(cfg config, log *slog.Logger) (*store, error) {
 		limit = 0 // others share the session, or the operator has decided
 	}
 	// A statement ends after the time of a request; who has not answered even
-	// that for some seconds will not answer any more.
-	if s.db, err = open(cfg.requestTimeout+5*time.Second, limit, cfg.dbMaxConns); err != nil {
+	// that soon after will not answer any more.
+	if s.db, err = open(cfg.requestTimeout+250*time.Millisecond, limit, cfg.dbMaxConns); err != nil {
 		return nil, err
 	}
 	s.aside, err = open(0, 0, 1)
@@ -405,7 +405,7 @@ func isUnavailable(err error) bool {
 }
 
 // limited makes connections on which PostgreSQL ends every statement that takes
-// longer than limit; 0 is no limit. It is set by a statement, since not every
+// longer than limit, and takes no longer for that itself; 0 is no limit. It is set by a statement, since not every
 // pooler lets it be a parameter of the connection.
 type limited struct {
 	*pq.Connector
@@ -413,9 +413,14 @@ type limited struct {
 }
 
 func (l limited) Connect(ctx context.Context) (driver.Conn, error) {
+	if l.limit == 0 {
+		return l.Connector.Connect(ctx)
+	}
+	ctx, cancel := context.WithTimeout(ctx, l.limit)
+	defer cancel()
 	c, err := l.Connector.Connect(ctx)
-	if err != nil || l.limit == 0 {
-		return c, err
+	if err != nil {
+		return nil, err
 	}
 	text := fmt.Sprintf("SET statement_timeout = %d", max(1, l.limit.Milliseconds()))
 	if _, err := c.(driver.ExecerContext).ExecContext(ctx, text, nil); err != nil {
@@ -463,10 +468,10 @@ func (c *impatientConn) SetDeadline(t time.Time) error {
 }
 
 func (c *impatientConn) Read(p []byte) (int, error) {
-	// To set it anew once a second is exact enough, and costs a busy connection nothing.
-	if now := time.Now(); !c.explicit && now.Sub(c.counted) > time.Second {
+	// To set it anew ten times a second is exact enough, and costs a busy connection nothing.
+	if now := time.Now(); !c.explicit && now.Sub(c.counted) > time.Second/10 {
 		c.counted = now
-		c.Conn.SetReadDeadline(now.Add(c.patience + time.Second))
+		c.Conn.SetReadDeadline(now.Add(c.patience + time.Second/10))
 	}
 	return c.Conn.Read(p)
 }
