@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -117,7 +118,14 @@ func (c *coalescer[Q, A]) startWorker() {
 	w := new(worker)
 	c.current = w
 	go func() {
-		for calls := c.take(w); len(calls) > 0; calls = c.take(w) {
+		for {
+			// Those who are ready to run, just answered or just asking, go first: what
+			// they ask rides along, which pays more than to be quick.
+			runtime.Gosched()
+			calls := c.take(w)
+			if len(calls) == 0 {
+				return
+			}
 			c.work(w, calls)
 		}
 	}()

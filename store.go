@@ -19,8 +19,9 @@ import (
 )
 
 // The store is where SQL lives: everybody else speaks of users. Its methods
-// return [errNotFound], [errEmailTaken], [errPrecondition] and failures of the
-// kinds unavailable, timeout, gone and database; nothing of the driver's gets out.
+// return [errNotFound], [errEmailTaken], [errPrecondition], failures of the kinds
+// unavailable, timeout, callerGone and database, and what their context ends
+// with; nothing of the driver's gets out.
 
 // columns are those of a user, in the order of [user.fields].
 const columns = "id, email, name, created_at, updated_at"
@@ -67,8 +68,10 @@ type store struct {
 func openStore(cfg config, log *slog.Logger) (*store, error) {
 	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
 	s.many = newBatches(s)
+	database := cfg.database
+	database.ConnectTimeout = min(database.ConnectTimeout, cfg.requestTimeout)
 	open := func(patience, limit time.Duration, conns int) (*sql.DB, error) {
-		connector, err := pq.NewConnectorConfig(cfg.database)
+		connector, err := pq.NewConnectorConfig(database)
 		if err != nil {
 			return nil, err
 		}
@@ -90,9 +93,11 @@ func openStore(cfg config, log *slog.Logger) (*store, error) {
 	if s.db, err = open(cfg.requestTimeout+250*time.Millisecond, limit, cfg.dbMaxConns); err != nil {
 		return nil, err
 	}
-	s.aside, err = open(0, 0, 1)
+	if s.aside, err = open(0, 0, 1); err != nil {
+		return nil, err
+	}
 	s.aside.SetMaxIdleConns(0) // used once in a while: it connects anew
-	return s, err
+	return s, nil
 }
 
 // start connects, migrates and prepares. While PostgreSQL is not there, or does
@@ -159,8 +164,17 @@ func (s *store) ping(ctx context.Context) error {
 	if time.Since(time.Unix(0, s.answered.Load())) < time.Second {
 		return nil
 	}
-	_, err := s.many.pings.do(ctx, struct{}{})
-	return err
+	answered := make(chan error, 1)
+	go func() { // lib/pq hears of the end of ctx only when it has connected
+		_, err := s.many.pings.do(ctx, struct{}{})
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}]) {
@@ -402,76 +416,4 @@ func isUnavailable(err error) bool {
 	var netErr net.Error
 	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.As(err, &netErr) ||
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
-}
-
-// limited makes connections on which PostgreSQL ends every statement that takes
-// longer than limit, and takes no longer for that itself; 0 is no limit. It is set by a statement, since not every
-// pooler lets it be a parameter of the connection.
-type limited struct {
-	*pq.Connector
-	limit time.Duration
-}
-
-func (l limited) Connect(ctx context.Context) (driver.Conn, error) {
-	if l.limit == 0 {
-		return l.Connector.Connect(ctx)
-	}
-	ctx, cancel := context.WithTimeout(ctx, l.limit)
-	defer cancel()
-	c, err := l.Connector.Connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	text := fmt.Sprintf("SET statement_timeout = %d", max(1, l.limit.Milliseconds()))
-	if _, err := c.(driver.ExecerContext).ExecContext(ctx, text, nil); err != nil {
-		c.Close()
-		return nil, err
-	}
-	return c, nil
-}
-
-// A dialer connects to PostgreSQL. Its connections give up on a server that is
-// silent for longer than patience while an answer is due: a network that
-// swallows packets would otherwise hold a connection for a quarter of an hour.
-type dialer struct {
-	net.Dialer
-	patience time.Duration // 0: no limit
-}
-
-// DialTimeout completes [pq.Dialer]. lib/pq prefers DialContext.
-func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	return d.DialContext(ctx, network, address)
-}
-
-func (d *dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	c, err := d.Dialer.DialContext(ctx, network, address)
-	if err != nil || d.patience == 0 {
-		return c, err
-	}
-	return &impatientConn{Conn: c, patience: d.patience}, nil
-}
-
-// An impatientConn limits how long a Read waits. lib/pq reads only when an
-// answer is due, so an idle connection never runs into the limit.
-type impatientConn struct {
-	net.Conn
-	patience time.Duration
-	explicit bool      // lib/pq has set a deadline of its own: it is connecting
-	counted  time.Time // from when patience counts
-}
-
-func (c *impatientConn) SetDeadline(t time.Time) error {
-	c.explicit, c.counted = !t.IsZero(), time.Time{}
-	return c.Conn.SetDeadline(t)
-}
-
-func (c *impatientConn) Read(p []byte) (int, error) {
-	// To set it anew ten times a second is exact enough, and costs a busy connection nothing.
-	if now := time.Now(); !c.explicit && now.Sub(c.counted) > time.Second/10 {
-		c.counted = now
-		c.Conn.SetReadDeadline(now.Add(c.patience + time.Second/10))
-	}
-	return c.Conn.Read(p)
 }
