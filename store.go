@@ -55,7 +55,8 @@ type store struct {
 	db         *sql.DB
 	aside      *sql.DB // beside the pool: for start, whose migrations take as long as they take, and for ping
 	log        *slog.Logger
-	unprepared bool // binary_parameters=yes: no statement outlives its transaction
+	unprepared bool          // binary_parameters=yes: no statement outlives its transaction
+	limit      time.Duration // after which PostgreSQL ends a statement by itself; 0: it does not
 
 	prepared map[string]*sql.Stmt // by text; complete once started is true
 	many     batches
@@ -84,13 +85,13 @@ func openStore(cfg config, log *slog.Logger) (*store, error) {
 		return db, nil
 	}
 	var err error
-	limit := cfg.requestTimeout
+	s.limit = cfg.requestTimeout
 	if s.unprepared || cfg.database.Runtime["statement_timeout"] != "" {
-		limit = 0 // others share the session, or the operator has decided
+		s.limit = 0 // others share the session, or the operator has decided
 	}
 	// A statement ends after the time of a request; who has not answered even
 	// that soon after will not answer any more.
-	if s.db, err = open(cfg.requestTimeout+250*time.Millisecond, limit, cfg.dbMaxConns); err != nil {
+	if s.db, err = open(cfg.requestTimeout+250*time.Millisecond, s.limit, cfg.dbMaxConns); err != nil {
 		return nil, err
 	}
 	if s.aside, err = open(0, 0, 1); err != nil {
@@ -345,9 +346,9 @@ func (s *store) runOnce(ctx context.Context, text string, args []any, read func(
 		return err
 	}
 	// To watch ctx, database/sql and lib/pq take a goroutine each. PostgreSQL ends
-	// the statement by itself, so ctx matters only where a connection has to be
-	// waited for.
-	if pool := s.db.Stats(); pool.Idle > 0 && !s.unprepared {
+	// the statement by itself, so ctx matters only where that would be later than
+	// the deadline, or where a connection has to be waited for.
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > s.limit-100*time.Millisecond && s.limit > 0 && s.db.Stats().Idle > 0 {
 		ctx = context.WithoutCancel(ctx)
 	}
 	var rows *sql.Rows

@@ -557,6 +557,39 @@ func TestLockedRow(t *testing.T) {
 	}
 }
 
+// A request that has waited before its statement was sent does not get the time
+// of a whole request once more: its statement ends at its own deadline.
+func TestStatementEndsAtTheDeadline(t *testing.T) {
+	t.Parallel()
+	s := newStore(t) // whose statements PostgreSQL ends after 10 s
+	u := mustCreate(t, s, "a@example.com")
+	tx, err := s.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec("SELECT FROM users FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	name := "late"
+	var f *failure
+	if _, err := s.updateAlone(ctx, userChange{id: u.ID, name: &name}); !errors.As(err, &f) || f.kind != kindTimeout || ctx.Err() == nil {
+		t.Errorf("updateAlone: %v", err)
+	}
+	waitFor(t, "the statement to end", func() bool {
+		var waiting bool
+		err := tx.QueryRow(`SELECT EXISTS (SELECT FROM pg_stat_activity WHERE state = 'active' AND wait_event_type = 'Lock'
+			AND pg_backend_pid() = ANY (pg_blocking_pids(pid)))`).Scan(&waiting)
+		return err == nil && !waiting
+	})
+	tx.Rollback()
+	if got, err := s.get(t.Context(), u.ID); err != nil || got.Name != "x" {
+		t.Errorf("what was given up has been done: %+v, %v", got, err)
+	}
+}
+
 // PostgreSQL goes away altogether: 503 with the reason, and /health stays 200.
 func TestDatabaseGone(t *testing.T) {
 	t.Parallel()
