@@ -54,16 +54,19 @@ type batches struct {
 	updates *coalescer[userChange, user]
 	deletes *coalescer[userChange, user]
 	pings   *coalescer[struct{}, struct{}]
+	reads   lane // of gets and finds, and of pages
 }
 
 func newBatches(s *store) batches {
+	reads, writes := newLane(), newLane()
 	return batches{
-		creates: newCoalescer(s.createMany),
-		gets:    newCoalescer(s.getMany),
-		finds:   newCoalescer(s.findMany),
-		updates: newCoalescer(s.updateMany),
-		deletes: newCoalescer(s.deleteMany),
-		pings:   newCoalescer(s.pingMany),
+		creates: newCoalescer(writes, s.createMany),
+		gets:    newCoalescer(reads, s.getMany),
+		finds:   newCoalescer(reads, s.findMany),
+		updates: newCoalescer(writes, s.updateMany),
+		deletes: newCoalescer(writes, s.deleteMany),
+		pings:   newCoalescer(newLane(), s.pingMany),
+		reads:   reads,
 	}
 }
 

@@ -22,19 +22,27 @@ import (
 // busier it gets, the more is asked at a time.
 //
 // One statement at a time is enough while statements are short, and the fewer
-// there are, the more rides in each. One that takes long (it waits for a lock,
-// or reads from a slow disk) no longer counts: the next begins beside it.
+// there are, the more rides in each: so all kinds of reads take turns in one
+// lane, and all kinds of writes in another. One that takes long (it waits for a
+// lock, or reads from a slow disk) gives its turn up and goes on beside the next.
+
+// A lane is where statements take turns: who has sent to it has the turn, and
+// receives from it at the end.
+type lane chan struct{}
+
+func newLane() lane { return make(lane, 1) }
 
 // A coalescer runs the calls that wait together as one. Q is what a call asks
 // and A what it gets. It is safe for concurrent use.
 type coalescer[Q, A any] struct {
+	lane lane
 	// run answers all calls of one statement, by setting the answer or the err
 	// of each. ctx ends with the call, or, of several, when the last of them would.
 	run func(ctx context.Context, calls []*call[Q, A])
 
-	mu      sync.Mutex
-	current *worker       // who will take those that wait; nil: nobody, so nobody waits
-	waiting []*call[Q, A] // in the order of their arrival
+	mu         sync.Mutex
+	waiting    []*call[Q, A] // in the order of their arrival
+	collecting bool          // somebody will take those who wait
 }
 
 // A call is one caller's part in a statement.
@@ -48,12 +56,9 @@ type call[Q, A any] struct {
 	done chan struct{} // closed when all the above is set; nil if the caller does the work
 }
 
-// A worker runs one statement after the other, while there are calls.
-type worker struct{ _ byte } // told from others by its address
-
 const (
-	// patient is how long the others wait for a statement before the next
-	// begins beside it: several times what an ordinary commit takes.
+	// patient is for how long a statement may keep its turn: several times what
+	// an ordinary commit takes.
 	patient = 10 * time.Millisecond
 	// maxCalls bounds the calls of one statement, and so the memory that it takes.
 	maxCalls = 256
@@ -61,8 +66,8 @@ const (
 	maxWaiting = 4096
 )
 
-func newCoalescer[Q, A any](run func(context.Context, []*call[Q, A])) *coalescer[Q, A] {
-	return &coalescer[Q, A]{run: run}
+func newCoalescer[Q, A any](l lane, run func(context.Context, []*call[Q, A])) *coalescer[Q, A] {
+	return &coalescer[Q, A]{lane: l, run: run}
 }
 
 // do asks, possibly together with others, and returns the answer. A call joins
@@ -76,13 +81,16 @@ func newCoalescer[Q, A any](run func(context.Context, []*call[Q, A])) *coalescer
 func (c *coalescer[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
 	me := &call[Q, A]{ask: ask, ctx: ctx}
 	c.mu.Lock()
-	if c.current == nil { // and so nobody waits: no other goroutine need be woken
-		w := new(worker)
-		c.current = w
-		c.mu.Unlock()
-		c.work(w, []*call[Q, A]{me})
-		c.replace(w)
-		return me.result()
+	if !c.collecting { // and so nobody waits
+		select {
+		case c.lane <- struct{}{}: // no other goroutine need be woken
+			c.mu.Unlock()
+			c.work([]*call[Q, A]{me})
+			return me.result()
+		default:
+			c.collecting = true
+			go c.collect()
+		}
 	}
 	if len(c.waiting) >= maxWaiting {
 		c.mu.Unlock()
@@ -113,63 +121,40 @@ func (c *call[Q, A]) result() (A, error) {
 	return c.answer, c.err
 }
 
-// startWorker has a new worker take those who wait. The caller holds c.mu.
-func (c *coalescer[Q, A]) startWorker() {
-	w := new(worker)
-	c.current = w
-	go func() {
-		for {
-			// Those who are ready to run, just answered or just asking, go first: what
-			// they ask rides along, which pays more than to be quick.
-			runtime.Gosched()
-			calls := c.take(w)
-			if len(calls) == 0 {
-				return
-			}
-			c.work(w, calls)
-		}
-	}()
+// collect waits for its turn, and runs one statement for those who wait by then.
+func (c *coalescer[Q, A]) collect() {
+	c.lane <- struct{}{}
+	// Those who are ready to run, just answered or just asking, go first: what
+	// they ask rides along, which pays more than to be quick.
+	runtime.Gosched()
+	c.work(c.take())
 }
 
-// take removes the calls of w's next statement from the queue. There are none
-// if nobody waits, or if another has taken the place of w.
-func (c *coalescer[Q, A]) take(w *worker) (calls []*call[Q, A]) {
+// take removes the calls of the next statement from the queue, up to maxCalls.
+func (c *coalescer[Q, A]) take() (calls []*call[Q, A]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.current != w {
-		return nil
-	}
-	n := 0
-	for ; n < len(c.waiting) && len(calls) < maxCalls; n++ {
-		if call := c.waiting[n]; call.ctx.Err() == nil { // else it is about to leave
+	n := min(len(c.waiting), maxCalls)
+	for _, call := range c.waiting[:n] {
+		if call.ctx.Err() == nil { // else it is about to leave
 			calls = append(calls, call)
 		}
 	}
 	c.waiting = slices.Delete(c.waiting, 0, n)
-	if len(calls) == 0 {
-		c.current = nil
+	if c.collecting = len(c.waiting) > 0; c.collecting {
+		go c.collect()
 	}
 	return calls
 }
 
-// replace puts a new worker in the place of w, which has ended or takes long.
-func (c *coalescer[Q, A]) replace(w *worker) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.current != w {
+// work runs a statement for calls, and tells them. It has the turn, and gives it up.
+func (c *coalescer[Q, A]) work(calls []*call[Q, A]) {
+	if len(calls) == 0 {
+		<-c.lane
 		return
 	}
-	c.current = nil
-	if len(c.waiting) > 0 {
-		c.startWorker()
-	}
-}
-
-// work runs w's statement for calls, and tells them.
-func (c *coalescer[Q, A]) work(w *worker, calls []*call[Q, A]) {
-	impatience := time.AfterFunc(patient, func() { c.replace(w) })
+	impatience := time.AfterFunc(patient, func() { <-c.lane })
 	defer func() {
-		impatience.Stop()
 		v := recover() // each caller panics with it in its own goroutine, where it belongs
 		if v != nil {
 			v = fmt.Sprintf("%v\n%s", v, debug.Stack())
@@ -179,6 +164,9 @@ func (c *coalescer[Q, A]) work(w *worker, calls []*call[Q, A]) {
 			if call.done != nil {
 				close(call.done)
 			}
+		}
+		if impatience.Stop() { // else it has given up the turn
+			<-c.lane
 		}
 	}()
 	ctx := calls[0].ctx
@@ -211,6 +199,7 @@ func latestDeadline[Q, A any](calls []*call[Q, A]) (latest time.Time, ok bool) {
 // A sharer runs equal calls that wait together once, and unequal ones side by
 // side. It is safe for concurrent use.
 type sharer[A any] struct {
+	lane  lane
 	mu    sync.Mutex
 	byKey map[string]*shared[A]
 }
@@ -222,12 +211,13 @@ type shared[A any] struct {
 }
 
 // do returns what read does, possibly for another caller of the same key who
-// waited at the same time. It keeps the promise of [coalescer.do].
+// waited at the same time. It keeps the promise of [coalescer.do]. Only who has
+// company takes turns.
 func (s *sharer[A]) do(ctx context.Context, key string, read func(context.Context) (A, error)) (A, error) {
 	s.mu.Lock()
 	one := s.byKey[key]
 	if one == nil {
-		one = &shared[A]{coalescer: newCoalescer(func(ctx context.Context, calls []*call[struct{}, A]) {
+		one = &shared[A]{coalescer: newCoalescer(s.lane, func(ctx context.Context, calls []*call[struct{}, A]) {
 			answer, err := read(ctx)
 			for _, c := range calls {
 				c.answer, c.err = answer, err
@@ -239,6 +229,7 @@ func (s *sharer[A]) do(ctx context.Context, key string, read func(context.Contex
 		s.byKey[key] = one
 	}
 	one.callers++
+	lone := one.callers == 1
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
@@ -247,5 +238,8 @@ func (s *sharer[A]) do(ctx context.Context, key string, read func(context.Contex
 			delete(s.byKey, key)
 		}
 	}()
+	if lone {
+		return read(ctx)
+	}
 	return one.do(ctx, struct{}{})
 }

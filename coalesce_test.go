@@ -81,7 +81,7 @@ func wantBegun(t *testing.T, s *statements, want ...[]int) {
 func TestCoalesceWhoWaitTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(s.run)
+		c := newCoalescer(newLane(), s.run)
 		ask(t, t.Context(), c, 1, nil)
 		wantBegun(t, s, []int{1}) // a lone request travels alone, at once
 		for n := 2; n <= 5; n++ {
@@ -104,7 +104,7 @@ func TestCoalesceWhoWaitTogether(t *testing.T) {
 func TestCoalesceSlowStatement(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(s.run)
+		c := newCoalescer(newLane(), s.run)
 		ask(t, t.Context(), c, 1, nil)
 		ask(t, t.Context(), c, 2, nil)
 		wantBegun(t, s, []int{1})
@@ -123,10 +123,29 @@ func TestCoalesceSlowStatement(t *testing.T) {
 	})
 }
 
+// Coalescers of one lane take turns, in the order in which they came.
+func TestCoalesceTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		l := newLane()
+		a, b := newCoalescer(l, s.run), newCoalescer(l, s.run)
+		ask(t, t.Context(), a, 1, nil)
+		ask(t, t.Context(), b, 2, nil)
+		ask(t, t.Context(), a, 3, nil)
+		ask(t, t.Context(), b, 4, nil)
+		wantBegun(t, s, []int{1})
+		s.letGo()
+		wantBegun(t, s, []int{2, 4})
+		s.letGo()
+		wantBegun(t, s, []int{3})
+		s.letGo()
+	})
+}
+
 func TestCoalesceWhoLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(s.run)
+		c := newCoalescer(newLane(), s.run)
 		first, leaveFirst := context.WithCancel(t.Context())
 		second, leaveSecond := context.WithCancel(t.Context())
 		third, leaveThird := context.WithCancel(t.Context())
@@ -150,7 +169,7 @@ func TestCoalesceWhoLeaves(t *testing.T) {
 func TestCoalesceWhoLeavesFromAStatement(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(s.run)
+		c := newCoalescer(newLane(), s.run)
 		ctx, leave := context.WithTimeout(t.Context(), time.Millisecond)
 		defer leave()
 		ask(t, t.Context(), c, 1, nil)
@@ -170,7 +189,7 @@ func TestCoalesceDeadline(t *testing.T) {
 		var deadlines []time.Duration
 		start := time.Now()
 		begin := make(chan bool)
-		c := newCoalescer(func(ctx context.Context, calls []*call[int, int]) {
+		c := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int]) {
 			<-begin
 			deadline, ok := ctx.Deadline()
 			if !ok {
@@ -196,7 +215,7 @@ func TestCoalesceDeadline(t *testing.T) {
 func TestCoalesceBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(s.run)
+		c := newCoalescer(newLane(), s.run)
 		ask(t, t.Context(), c, 0, nil)
 		wantBegun(t, s, []int{0})
 		for n := range maxWaiting {
@@ -220,7 +239,7 @@ func TestCoalesceBounds(t *testing.T) {
 func TestCoalescePanic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := make(chan bool)
-		c := newCoalescer(func(ctx context.Context, calls []*call[int, int]) {
+		c := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int]) {
 			if <-begin; calls[0].ask == 2 {
 				panic("as the test wants it")
 			}
@@ -253,7 +272,7 @@ func TestCoalescePanic(t *testing.T) {
 func TestCoalesceReadsSeeWrites(t *testing.T) {
 	t.Parallel()
 	var written, acknowledged atomic.Int64
-	reads := newCoalescer(func(ctx context.Context, calls []*call[int, int64]) {
+	reads := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int64]) {
 		seen := written.Load()
 		runtime.Gosched() // a statement takes longer than its look into the table
 		for _, c := range calls {
@@ -284,7 +303,7 @@ func TestCoalesceReadsSeeWrites(t *testing.T) {
 // Callers come and leave at random, and each who stays gets its own answer.
 func TestCoalesceStress(t *testing.T) {
 	t.Parallel()
-	c := newCoalescer(func(ctx context.Context, calls []*call[int, int]) {
+	c := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int]) {
 		for _, c := range calls {
 			c.answer = 2 * c.ask
 		}
@@ -309,13 +328,13 @@ func TestCoalesceStress(t *testing.T) {
 	waitFor(t, "the last worker to end", func() bool {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		return c.current == nil && len(c.waiting) == 0
+		return !c.collecting && len(c.waiting) == 0 && len(c.lane) == 0
 	})
 }
 
 func TestSharer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var s sharer[string]
+		s := sharer[string]{lane: newLane()}
 		reads := make(chan string, 100)
 		release := make(chan bool)
 		get := func(key string) {
@@ -341,16 +360,22 @@ func TestSharer(t *testing.T) {
 			}
 			return keys
 		}
-		if got := begun(); got != "ab" {
-			t.Errorf("reads of %q, want one of each page", got)
+		if got := begun(); got != "aab" {
+			t.Errorf("reads of %q, want one each for who is alone, and the first turn of who is not", got)
 		}
-		for range 4 {
+		for range 3 {
 			release <- true
 			synctest.Wait()
 		}
-		if got := begun(); got != "ab" && got != "ba" {
-			t.Errorf("then reads of %q, want one for all who waited for each page", got)
+		if got := begun(); got != "a" {
+			t.Errorf("then reads of %q, want one for all who waited for the page", got)
 		}
+		release <- true
+		if got := begun(); got != "b" {
+			t.Errorf("at last reads of %q, want one, in its turn", got)
+		}
+		release <- true
+		synctest.Wait()
 		if len(s.byKey) != 0 {
 			t.Errorf("%d keys are remembered for nobody", len(s.byKey))
 		}
