@@ -29,7 +29,21 @@ var (
 
 // errAlone is the answer to a call that its statement has left out, or that
 // was in one with a call that failed: run the statement for this call alone.
-var errAlone = errors.New("run it alone")
+// errAloneAgain is the same of a statement that was repeated, so that an earlier
+// try may have done what this one found nothing to do for.
+var (
+	errAlone      = errors.New("run it alone")
+	errAloneAgain = errors.New("run it alone; it may have been done")
+)
+
+// rerun returns the answer to the calls of a statement that have to be run
+// alone; for repeated see [store.run].
+func rerun(repeated bool) error {
+	if repeated {
+		return errAloneAgain
+	}
+	return errAlone
+}
 
 // What calls ask for. The key is what tells a call's user from the others'.
 type (
@@ -81,26 +95,26 @@ func (s *store) createMany(ctx context.Context, calls []*call[draft, user]) {
 		emails = appendElement(emails, &c.ask.email)
 		names = appendElement(names, &c.ask.name)
 	}
-	made, err := s.query(ctx, insertUsers, array(ids), array(emails), array(names))
-	deal(calls, byID(made), err, errAlone)
+	made, repeated, err := s.query(ctx, insertUsers, array(ids), array(emails), array(names))
+	deal(calls, byID(made), err, rerun(repeated), rerun(repeated))
 }
 
 func (s *store) getMany(ctx context.Context, calls []*call[lookUp, user]) {
 	if len(calls) == 1 {
-		calls[0].answer, calls[0].err = s.one(ctx, selectUser, string(calls[0].ask))
+		calls[0].answer, _, calls[0].err = s.one(ctx, selectUser, string(calls[0].ask))
 		return
 	}
 	var ids []byte
 	for _, c := range calls {
 		ids = appendElement(ids, (*string)(&c.ask))
 	}
-	found, err := s.query(ctx, selectUsers, array(ids))
-	deal(calls, byID(found), err, errNotFound)
+	found, _, err := s.query(ctx, selectUsers, array(ids))
+	deal(calls, byID(found), err, errNotFound, errAlone)
 }
 
 func (s *store) findMany(ctx context.Context, calls []*call[lookUp, user]) {
 	if len(calls) == 1 {
-		calls[0].answer, calls[0].err = s.one(ctx, findUser, string(calls[0].ask))
+		calls[0].answer, _, calls[0].err = s.one(ctx, findUser, string(calls[0].ask))
 		return
 	}
 	var emails []byte
@@ -108,7 +122,7 @@ func (s *store) findMany(ctx context.Context, calls []*call[lookUp, user]) {
 		emails = appendElement(emails, (*string)(&c.ask))
 	}
 	var found map[string]user // by what was asked for: only PostgreSQL knows how it folds letters
-	err := s.run(ctx, findUsers, []any{array(emails)}, func(rows *sql.Rows) error {
+	_, err := s.run(ctx, findUsers, []any{array(emails)}, func(rows *sql.Rows) error {
 		found = make(map[string]user, len(calls))
 		for rows.Next() {
 			var u user
@@ -120,12 +134,12 @@ func (s *store) findMany(ctx context.Context, calls []*call[lookUp, user]) {
 		}
 		return nil
 	})
-	deal(calls, found, err, errNotFound)
+	deal(calls, found, err, errNotFound, errAlone)
 }
 
 func (s *store) updateMany(ctx context.Context, calls []*call[userChange, user]) {
 	if len(calls) == 1 {
-		calls[0].answer, calls[0].err = s.updateAlone(ctx, calls[0].ask)
+		calls[0].answer, calls[0].err = s.updateAlone(ctx, calls[0].ask, false)
 		return
 	}
 	calls = withoutRepeats(calls)
@@ -137,13 +151,13 @@ func (s *store) updateMany(ctx context.Context, calls []*call[userChange, user])
 		matches = appendElement(matches, c.ask.when.match)
 		noneMatches = appendElement(noneMatches, c.ask.when.noneMatch)
 	}
-	changed, err := s.query(ctx, updateUsers, array(ids), array(emails), array(names), array(matches), array(noneMatches))
-	deal(calls, byID(changed), err, errAlone)
+	changed, repeated, err := s.query(ctx, updateUsers, array(ids), array(emails), array(names), array(matches), array(noneMatches))
+	deal(calls, byID(changed), err, rerun(repeated), rerun(repeated))
 }
 
 func (s *store) deleteMany(ctx context.Context, calls []*call[userChange, user]) {
 	if len(calls) == 1 {
-		calls[0].answer, calls[0].err = s.deleteAlone(ctx, calls[0].ask)
+		calls[0].answer, calls[0].err = s.deleteAlone(ctx, calls[0].ask, false)
 		return
 	}
 	calls = withoutRepeats(calls)
@@ -153,8 +167,8 @@ func (s *store) deleteMany(ctx context.Context, calls []*call[userChange, user])
 		matches = appendElement(matches, c.ask.when.match)
 		noneMatches = appendElement(noneMatches, c.ask.when.noneMatch)
 	}
-	gone, err := s.query(ctx, deleteUsers, array(ids), array(matches), array(noneMatches))
-	deal(calls, byID(gone), err, errAlone)
+	gone, repeated, err := s.query(ctx, deleteUsers, array(ids), array(matches), array(noneMatches))
+	deal(calls, byID(gone), err, rerun(repeated), rerun(repeated))
 }
 
 // withoutRepeats returns the first call for each user: two writes to one user
@@ -181,11 +195,11 @@ func byID(users []user) map[string]user {
 
 // deal gives each call the user that it asked for, or missing. If the
 // statement has failed, it is the database's failure for all of them, or that
-// of one, which each finds out alone.
-func deal[Q interface{ key() string }](calls []*call[Q, user], users map[string]user, err error, missing error) {
+// of one: then all get failed, and find out alone.
+func deal[Q interface{ key() string }](calls []*call[Q, user], users map[string]user, err, missing, failed error) {
 	var f *failure
 	if err != nil && !(errors.As(err, &f) && (f.kind == kindUnavailable || f.kind == kindTimeout)) {
-		err = errAlone
+		err = failed
 	}
 	for _, c := range calls {
 		u, ok := users[c.ask.key()]

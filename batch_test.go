@@ -23,10 +23,7 @@ func newStore(t *testing.T) *store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := openStore(cfg, newLogger(cfg, io.Discard))
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := openStore(cfg, newLogger(cfg, io.Discard))
 	t.Cleanup(func() { s.close() })
 	if err := s.start(t.Context()); err != nil {
 		t.Fatal(err)

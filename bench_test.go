@@ -62,10 +62,7 @@ func Benchmark(b *testing.B) {
 		b.Fatal(err)
 	}
 	log := newLogger(cfg, io.Discard)
-	store, err := openStore(cfg, log)
-	if err != nil {
-		b.Fatal(err)
-	}
+	store := openStore(cfg, log)
 	b.Cleanup(func() { store.close() })
 	if err := store.start(b.Context()); err != nil {
 		b.Fatal(err)

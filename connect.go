@@ -5,34 +5,109 @@ import (
 	"database/sql/driver"
 	"fmt"
 	"net"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/lib/pq"
 )
 
 // What the connections to PostgreSQL have that lib/pq's own don't: an end to
-// statements that take too long, on PostgreSQL's side, and an end to waiting for
-// one that does not answer at all, on ours.
+// statements that take too long, on PostgreSQL's side, an end to waiting for one
+// that does not answer at all, on ours, and a look at each connection before it
+// is used again. For that look: whoever sends a statement on a connection that
+// is dead already can't know afterwards whether it was done.
 
-// limited makes connections on which PostgreSQL ends every statement that takes
-// longer than limit; 0 is no limit. It is set by a statement, since not every
-// pooler lets it be a parameter of the connection.
-type limited struct {
-	*pq.Connector
-	limit time.Duration
+// A connector makes the connections of a pool. It is a [driver.Connector].
+type connector struct {
+	database pq.Config
+	limit    time.Duration // after which PostgreSQL ends a statement; 0: it does not
+	patience time.Duration // after which a silent PostgreSQL is given up; 0: never
+	// age is how often the connections had to be given up; those made before the
+	// last time are not used again.
+	age atomic.Int64
 }
 
-func (l limited) Connect(ctx context.Context) (driver.Conn, error) {
-	c, err := l.Connector.Connect(ctx)
-	if err != nil || l.limit == 0 {
-		return c, err
+// A connectError says why there is no connection: nothing has been sent.
+type connectError struct{ error }
+
+func (e connectError) Unwrap() error { return e.error }
+
+// Driver completes [driver.Connector].
+func (c *connector) Driver() driver.Driver { return new(pq.Driver) }
+
+// Connect connects to one of the configured hosts. All its errors are
+// connectErrors. The limit is set by a statement, since not every pooler lets it
+// be a parameter of the connection.
+func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	age := c.age.Load()
+	one, err := pq.NewConnectorConfig(c.database)
+	if err != nil {
+		return nil, connectError{err}
 	}
-	text := fmt.Sprintf("SET statement_timeout = %d", max(1, l.limit.Milliseconds()))
-	if _, err := c.(driver.ExecerContext).ExecContext(ctx, text, nil); err != nil {
-		c.Close()
-		return nil, err
+	dial := &dialer{patience: c.patience}
+	one.Dialer(dial)
+	made, err := one.Connect(ctx)
+	if err != nil {
+		return nil, connectError{err}
 	}
-	return c, nil
+	if c.limit != 0 {
+		text := fmt.Sprintf("SET statement_timeout = %d", max(1, c.limit.Milliseconds()))
+		if _, err := made.(pqConn).ExecContext(ctx, text, nil); err != nil {
+			made.Close()
+			return nil, connectError{err}
+		}
+	}
+	return &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}, nil
+}
+
+// pqConn is what database/sql makes use of in a connection of lib/pq.
+type pqConn interface {
+	driver.Conn
+	driver.ConnBeginTx
+	driver.ConnPrepareContext
+	driver.ExecerContext
+	driver.NamedValueChecker
+	driver.Pinger
+	driver.QueryerContext
+	driver.SessionResetter
+	driver.Validator
+}
+
+// A conn is a connection of lib/pq that is looked at before it is used again.
+type conn struct {
+	pqConn
+	socket    net.Conn
+	connector *connector
+	age       int64
+}
+
+// ResetSession completes [driver.SessionResetter]: database/sql calls it before
+// it uses the connection again, and on [driver.ErrBadConn] takes another one.
+func (c *conn) ResetSession(ctx context.Context) error {
+	if c.age != c.connector.age.Load() || isOver(c.socket) {
+		return driver.ErrBadConn
+	}
+	return c.pqConn.ResetSession(ctx)
+}
+
+// isOver reports whether there is something to read on an idle connection: its
+// end, or what PostgreSQL says before it ends one.
+func isOver(c net.Conn) bool {
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return true
+	}
+	over := true
+	if err := raw.Read(func(fd uintptr) bool {
+		var b [1]byte
+		_, err := syscall.Read(int(fd), b[:]) // it does not wait: Go's sockets never do
+		over = err != syscall.EAGAIN && err != syscall.EINTR
+		return true
+	}); err != nil {
+		return true
+	}
+	return over
 }
 
 // A dialer connects to PostgreSQL. Its connections give up on a server that is
@@ -41,6 +116,7 @@ func (l limited) Connect(ctx context.Context) (driver.Conn, error) {
 type dialer struct {
 	net.Dialer
 	patience time.Duration // 0: no limit
+	last     net.Conn      // the latest connection
 }
 
 // DialTimeout completes [pq.Dialer]. lib/pq prefers DialContext.
@@ -52,8 +128,12 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 
 func (d *dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	c, err := d.Dialer.DialContext(ctx, network, address)
-	if err != nil || d.patience == 0 {
-		return c, err
+	if err != nil {
+		return nil, err
+	}
+	d.last = c
+	if d.patience == 0 {
+		return c, nil
 	}
 	return &impatientConn{Conn: c, patience: d.patience}, nil
 }

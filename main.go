@@ -202,10 +202,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	log := newLogger(cfg, stderr)
 	log.Debug("configuration", "values", cfg)
-	s, err := openStore(cfg, log)
-	if err != nil {
-		return err
-	}
+	s := openStore(cfg, log)
 	defer s.close()
 
 	var cert *certificate

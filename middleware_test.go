@@ -106,10 +106,7 @@ func newOffline(t testing.TB, env ...string) (*service, *store, *health) {
 	}
 	buffer := new(syncBuffer)
 	log := newLogger(cfg, buffer)
-	s, err := openStore(cfg, log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := openStore(cfg, log)
 	h := &health{store: s}
 	server := httptest.NewServer(newHandler(cfg, s, h, log))
 	t.Cleanup(func() {

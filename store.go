@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -53,7 +54,8 @@ var (
 // A store keeps users in PostgreSQL. It is safe for concurrent use.
 type store struct {
 	db         *sql.DB
-	aside      *sql.DB // beside the pool: for start, whose migrations take as long as they take, and for ping
+	pool       *connector // of db
+	aside      *sql.DB    // beside the pool: for start, whose migrations take as long as they take, and for ping
 	log        *slog.Logger
 	unprepared bool          // binary_parameters=yes: no statement outlives its transaction
 	limit      time.Duration // after which PostgreSQL ends a statement by itself; 0: it does not
@@ -66,39 +68,27 @@ type store struct {
 
 // openStore returns the store of the configured database. It does not connect:
 // [store.start] does.
-func openStore(cfg config, log *slog.Logger) (*store, error) {
+func openStore(cfg config, log *slog.Logger) *store {
 	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
 	s.many = newBatches(s)
 	database := cfg.database
 	database.ConnectTimeout = min(database.ConnectTimeout, cfg.requestTimeout)
-	open := func(patience, limit time.Duration, conns int) (*sql.DB, error) {
-		connector, err := pq.NewConnectorConfig(database)
-		if err != nil {
-			return nil, err
-		}
-		connector.Dialer(&dialer{patience: patience})
-		db := sql.OpenDB(limited{connector, limit})
-		db.SetMaxOpenConns(conns)
-		db.SetMaxIdleConns(conns)
-		db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
-		db.SetConnMaxLifetime(time.Hour)       // so that the pool follows a database that moved
-		return db, nil
-	}
-	var err error
 	s.limit = cfg.requestTimeout
 	if s.unprepared || cfg.database.Runtime["statement_timeout"] != "" {
 		s.limit = 0 // others share the session, or the operator has decided
 	}
 	// A statement ends after the time of a request; who has not answered even
 	// that soon after will not answer any more.
-	if s.db, err = open(cfg.requestTimeout+250*time.Millisecond, s.limit, cfg.dbMaxConns); err != nil {
-		return nil, err
-	}
-	if s.aside, err = open(0, 0, 1); err != nil {
-		return nil, err
-	}
+	s.pool = &connector{database: database, limit: s.limit, patience: cfg.requestTimeout + 250*time.Millisecond}
+	s.db = sql.OpenDB(s.pool)
+	s.db.SetMaxOpenConns(cfg.dbMaxConns)
+	s.db.SetMaxIdleConns(cfg.dbMaxConns)
+	s.db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
+	s.db.SetConnMaxLifetime(time.Hour)       // so that the pool follows a database that moved
+	s.aside = sql.OpenDB(&connector{database: database})
+	s.aside.SetMaxOpenConns(1)
 	s.aside.SetMaxIdleConns(0) // used once in a while: it connects anew
-	return s, nil
+	return s
 }
 
 // start connects, migrates and prepares. While PostgreSQL is not there, or does
@@ -193,19 +183,18 @@ func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}])
 func (s *store) create(ctx context.Context, id, email, name string) (user, error) {
 	in := draft{id, email, name}
 	u, err := s.many.creates.do(ctx, in)
-	if err == errAlone {
+	if err == errAlone || err == errAloneAgain {
 		u, err = s.createAlone(ctx, in)
 	}
 	return u, unsure(err)
 }
 
 func (s *store) createAlone(ctx context.Context, in draft) (user, error) {
-	u, err := s.one(ctx, insertUser, in.id, in.email, in.name)
+	u, _, err := s.one(ctx, insertUser, in.id, in.email, in.name)
 	if errors.Is(err, errEmailTaken) {
-		// database/sql repeats a statement whose connection broke, and the first
-		// try may have gone through: then it is this very user who has the id and
-		// the address.
-		if mine, getErr := s.one(ctx, selectUser, in.id); getErr == nil {
+		// An earlier try may have gone through, here or in [store.createMany]: then
+		// it is this very user who has the id and the address.
+		if mine, _, getErr := s.one(ctx, selectUser, in.id); getErr == nil {
 			return mine, nil
 		}
 	}
@@ -216,7 +205,7 @@ func (s *store) createAlone(ctx context.Context, in draft) (user, error) {
 func (s *store) get(ctx context.Context, id string) (user, error) {
 	u, err := s.many.gets.do(ctx, lookUp(id))
 	if err == errAlone {
-		u, err = s.one(ctx, selectUser, id)
+		u, _, err = s.one(ctx, selectUser, id)
 	}
 	return u, err
 }
@@ -225,18 +214,20 @@ func (s *store) get(ctx context.Context, id string) (user, error) {
 func (s *store) find(ctx context.Context, email string) (user, error) {
 	u, err := s.many.finds.do(ctx, lookUp(email))
 	if err == errAlone {
-		u, err = s.one(ctx, findUser, email)
+		u, _, err = s.one(ctx, findUser, email)
 	}
 	return u, err
 }
 
 // list returns up to limit users, newest first: those behind after, or, where
 // that is nil, those behind the first offset ones.
-func (s *store) list(ctx context.Context, limit, offset int64, after *position) ([]user, error) {
+func (s *store) list(ctx context.Context, limit, offset int64, after *position) (users []user, err error) {
 	if after != nil {
-		return s.query(ctx, nextUsers, limit, after.createdAt, after.id)
+		users, _, err = s.query(ctx, nextUsers, limit, after.createdAt, after.id)
+	} else {
+		users, _, err = s.query(ctx, firstUsers, limit, offset)
 	}
-	return s.query(ctx, firstUsers, limit, offset)
+	return users, err
 }
 
 // update changes the fields that are not nil. The error is [errNotFound], or
@@ -245,18 +236,30 @@ func (s *store) list(ctx context.Context, limit, offset int64, after *position) 
 func (s *store) update(ctx context.Context, id string, email, name *string, when preconditions) (user, error) {
 	in := userChange{id, email, name, when}
 	u, err := s.many.updates.do(ctx, in)
-	if err == errAlone {
-		u, err = s.updateAlone(ctx, in)
+	if err == errAlone || err == errAloneAgain {
+		u, err = s.updateAlone(ctx, in, err == errAloneAgain)
 	}
 	return u, unsure(err)
 }
 
-func (s *store) updateAlone(ctx context.Context, in userChange) (user, error) {
-	u, err := s.one(ctx, updateUser, in.id, in.email, in.name, in.when.match, in.when.noneMatch)
-	if errors.Is(err, errNotFound) && in.when.some() {
-		err = s.whyNot(ctx, in.id)
+// updateAlone makes a change that may have been made before, if again is true.
+// To make it twice is to make it once, since it says how the user is to be; but
+// the second time a precondition does not hold any more, which then is no
+// conflict (RFC 9110, section 13.1.1: "appears to have already been applied").
+func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (user, error) {
+	u, repeated, err := s.one(ctx, updateUser, in.id, in.email, in.name, in.when.match, in.when.noneMatch)
+	if !errors.Is(err, errNotFound) || !in.when.some() {
+		return u, err
 	}
-	return u, err
+	u, _, err = s.one(ctx, selectUser, in.id)
+	if err != nil {
+		return u, err
+	}
+	asWanted := (in.email == nil || u.Email == *in.email) && (in.name == nil || u.Name == *in.name)
+	if (again || repeated) && asWanted {
+		return u, nil
+	}
+	return u, errPrecondition
 }
 
 // delete removes the user of that id. The error is [errNotFound], or
@@ -264,43 +267,46 @@ func (s *store) updateAlone(ctx context.Context, in userChange) (user, error) {
 func (s *store) delete(ctx context.Context, id string, when preconditions) error {
 	in := userChange{id: id, when: when}
 	_, err := s.many.deletes.do(ctx, in)
-	if err == errAlone {
-		_, err = s.deleteAlone(ctx, in)
+	if err == errAlone || err == errAloneAgain {
+		_, err = s.deleteAlone(ctx, in, err == errAloneAgain)
 	}
 	return unsure(err)
 }
 
-func (s *store) deleteAlone(ctx context.Context, in userChange) (user, error) {
-	u, err := s.one(ctx, deleteUser, in.id, in.when.match, in.when.noneMatch)
-	if errors.Is(err, errNotFound) && in.when.some() {
-		err = s.whyNot(ctx, in.id)
+// deleteAlone removes a user who may be removed already, if again is true: to
+// find nobody then is success.
+func (s *store) deleteAlone(ctx context.Context, in userChange, again bool) (user, error) {
+	u, repeated, err := s.one(ctx, deleteUser, in.id, in.when.match, in.when.noneMatch)
+	if !errors.Is(err, errNotFound) {
+		return u, err
+	}
+	if in.when.some() {
+		if _, _, err = s.one(ctx, selectUser, in.id); err == nil {
+			return u, errPrecondition
+		}
+	}
+	if errors.Is(err, errNotFound) && (again || repeated) {
+		return u, nil
 	}
 	return u, err
 }
 
-// whyNot tells a user that is missing from one that a precondition excluded.
-func (s *store) whyNot(ctx context.Context, id string) error {
-	if _, err := s.one(ctx, selectUser, id); err != nil {
-		return err
-	}
-	return errPrecondition
-}
-
 // one runs a statement that returns at most one user; none is [errNotFound].
-func (s *store) one(ctx context.Context, text string, args ...any) (user, error) {
-	users, err := s.query(ctx, text, args...)
+// For repeated see [store.run].
+func (s *store) one(ctx context.Context, text string, args ...any) (u user, repeated bool, err error) {
+	users, repeated, err := s.query(ctx, text, args...)
 	if err != nil {
-		return user{}, err
+		return user{}, repeated, err
 	}
 	if len(users) == 0 {
-		return user{}, errNotFound
+		return user{}, repeated, errNotFound
 	}
-	return users[0], nil
+	return users[0], repeated, nil
 }
 
-// query runs a statement that returns users.
-func (s *store) query(ctx context.Context, text string, args ...any) (users []user, err error) {
-	err = s.run(ctx, text, args, func(rows *sql.Rows) error {
+// query runs a statement that returns users. For repeated see [store.run].
+func (s *store) query(ctx context.Context, text string, args ...any) (users []user, repeated bool, err error) {
+	repeated, err = s.run(ctx, text, args, func(rows *sql.Rows) error {
 		users = users[:0]
 		for rows.Next() {
 			var u user
@@ -311,34 +317,66 @@ func (s *store) query(ctx context.Context, text string, args ...any) (users []us
 		}
 		return nil
 	})
-	return users, err
+	return users, repeated, err
 }
 
 // fields returns where to scan the columns of a user.
 func (u *user) fields() []any { return []any{&u.ID, &u.Email, &u.Name, &u.CreatedAt, &u.UpdatedAt} }
 
 // run runs a statement and has read take its rows; and again, from the start,
-// where PostgreSQL has undone it for the sake of another one: after a deadlock
-// or a serialization failure nothing of it remains, and a new try finds the
-// way clear. (Where the connection breaks, database/sql repeats the statement
-// on another one: mostly the first has died while it was idle, but it may also
-// have gone through. See createAlone.) The error is translated.
-func (s *store) run(ctx context.Context, text string, args []any, read func(*sql.Rows) error) error {
-	for try := 1; ; try++ {
+// as long as what prevents it passes ([passes]) and ctx has time for another
+// try. repeated reports whether an earlier try may have gone through all the
+// same: its connection broke, so that PostgreSQL could not say. The error is
+// translated.
+func (s *store) run(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (repeated bool, err error) {
+	args = slices.Clone(args)
+	first := args[0]
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		age := s.pool.age.Load()
+		sent := 0
+		args[0] = counted{first, &sent}
 		err := s.runOnce(ctx, text, args, read)
+		repeated = repeated || sent > 1 // by database/sql, whose connection broke
 		if err == nil {
 			s.answered.Store(time.Now().UnixNano())
-			return nil
+			return repeated, nil
 		}
-		if pq.As(err, pqerror.TRDeadlockDetected, pqerror.TRSerializationFailure) == nil || try == 10 {
-			return translate(ctx, err)
+		if !passes(err) || ctx.Err() != nil {
+			return repeated, translate(ctx, err)
+		}
+		if refused := pq.As(err); refused == nil {
+			repeated = repeated || sent > 0
+		} else if refused.Code == pqerror.ReadOnlySQLTransaction {
+			s.pool.age.CompareAndSwap(age, age+1) // this server is the wrong one by now: connect anew
+		}
+		wait := pause/2 + rand.N(pause) // unlike the others' who wait for the same
+		if deadline, ok := ctx.Deadline(); ok {
+			left := time.Until(deadline) - 100*time.Millisecond // to answer in
+			if left <= 0 {
+				return repeated, translate(ctx, err)
+			}
+			wait = min(wait, left)
 		}
 		select {
-		case <-time.After(rand.N(time.Duration(try) * 10 * time.Millisecond)):
+		case <-time.After(wait):
 		case <-ctx.Done():
-			return translate(ctx, ctx.Err())
+			return repeated, translate(ctx, err)
 		}
 	}
+}
+
+// counted is an argument of a statement that counts how often the statement was
+// sent: database/sql asks for its value each time (and repeats a statement whose
+// connection breaks, without a word).
+type counted struct {
+	value any
+	times *int
+}
+
+// Value completes [driver.Valuer].
+func (c counted) Value() (driver.Value, error) {
+	*c.times++
+	return driver.DefaultParameterConverter.ConvertValue(c.value)
 }
 
 func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (err error) {
@@ -399,22 +437,40 @@ func translate(ctx context.Context, err error) error {
 	}
 }
 
-// isUnavailable reports whether err is of the kind that passes: PostgreSQL
-// can't be reached, starts, stops, or lacks what it needs right now.
+// passes reports whether err is of the kind that another try may not meet:
+// PostgreSQL starts, stops, crashed, fails over or can't be reached, or it has
+// undone the statement for the sake of another one.
+func passes(err error) bool {
+	if refused := pq.As(err); refused != nil {
+		switch refused.Code {
+		case pqerror.TRDeadlockDetected, pqerror.TRSerializationFailure,
+			pqerror.AdminShutdown, pqerror.CrashShutdown, pqerror.CannotConnectNow, pqerror.IdleSessionTimeout,
+			pqerror.ReadOnlySQLTransaction, // a standby, or a primary that became one
+			pqerror.TooManyConnections:
+			return true
+		}
+		return refused.Code.Class() == "08" // connection exception
+	}
+	if _, ok := errors.AsType[connectError](err); ok {
+		return true
+	}
+	var netErr net.Error
+	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.As(err, &netErr) ||
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+// isUnavailable reports whether err is the database's failure and nobody's
+// fault here: it passes, or PostgreSQL lacks what it needs right now.
 func isUnavailable(err error) bool {
 	if refused := pq.As(err); refused != nil {
 		switch refused.Code.Class() {
-		case "08", // connection exception
-			"40", // transaction rollback: the tries ran out
+		case "40", // transaction rollback: the tries ran out
 			"53", // insufficient resources: connections, memory, disk
 			"57", // operator intervention: shutdown, crash, starting up, cancelled by an administrator
 			"58": // system error, outside PostgreSQL
 			return true
 		}
-		return refused.Code == pqerror.ReadOnlySQLTransaction || // a standby, or a primary that became one
-			refused.Code == pqerror.LockNotAvailable
+		return passes(err) || refused.Code == pqerror.LockNotAvailable
 	}
-	var netErr net.Error
-	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.As(err, &netErr) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+	return passes(err)
 }

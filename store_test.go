@@ -296,10 +296,7 @@ func TestBinaryParameters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	direct, err := openStore(cfg, newLogger(cfg, io.Discard))
-	if err != nil {
-		t.Fatal(err)
-	}
+	direct := openStore(cfg, newLogger(cfg, io.Discard))
 	defer direct.close()
 	direct.db.SetMaxOpenConns(1)
 	if err := direct.start(t.Context()); err != nil {
@@ -579,7 +576,7 @@ func TestStatementEndsAtTheDeadline(t *testing.T) {
 	defer cancel()
 	name := "late"
 	var f *failure
-	if _, err := s.updateAlone(ctx, userChange{id: u.ID, name: &name}); !errors.As(err, &f) || f.kind != kindTimeout || ctx.Err() == nil {
+	if _, err := s.updateAlone(ctx, userChange{id: u.ID, name: &name}, false); !errors.As(err, &f) || f.kind != kindTimeout || ctx.Err() == nil {
 		t.Errorf("updateAlone: %v", err)
 	}
 	waitFor(t, "the statement to end", func() bool {
