@@ -342,7 +342,7 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 			return repeated, nil
 		}
 		if !passes(err) || ctx.Err() != nil {
-			return repeated, translate(ctx, err)
+			return repeated, giveUp(ctx, err, repeated)
 		}
 		if refused := pq.As(err); refused == nil {
 			repeated = repeated || sent > 0
@@ -353,16 +353,26 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 		if deadline, ok := ctx.Deadline(); ok {
 			left := time.Until(deadline) - 100*time.Millisecond // to answer in
 			if left <= 0 {
-				return repeated, translate(ctx, err)
+				return repeated, giveUp(ctx, err, repeated)
 			}
 			wait = min(wait, left)
 		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return repeated, translate(ctx, err)
+			return repeated, giveUp(ctx, err, repeated)
 		}
 	}
+}
+
+// giveUp translates the error of the last try. If an earlier one may have gone
+// through, it no longer is the error of a statement that was not sent.
+func giveUp(ctx context.Context, err error, repeated bool) error {
+	err = translate(ctx, err)
+	if f, ok := errors.AsType[*failure](err); ok && repeated && f.kind == kindUnavailable {
+		f.cause = fmt.Errorf("after a try whose answer was lost: %v", f.cause) // and so no connectError
+	}
+	return err
 }
 
 // counted is an argument of a statement that counts how often the statement was
@@ -406,13 +416,14 @@ func (s *store) runOnce(ctx context.Context, text string, args []any, read func(
 }
 
 // unsure adds to the error of a write what its caller has to know: that an
-// error which came instead of PostgreSQL's answer leaves open what it did.
+// error which came instead of PostgreSQL's answer leaves open what it did. (Not
+// if there was no connection: then nothing was sent.)
 func unsure(err error) error {
 	if err == nil {
 		return nil
 	}
 	f := asFailure(err)
-	if f.kind != kindTimeout && f.kind != kindUnavailable {
+	if _, unsent := errors.AsType[connectError](err); unsent || f.kind != kindTimeout && f.kind != kindUnavailable {
 		return err
 	}
 	g := *f

@@ -419,6 +419,62 @@ func TestCreateWhoseAnswerIsLost(t *testing.T) {
 	}
 }
 
+// The same for the other writes: to repeat them is to do them once, and what the
+// first try did is no conflict.
+func TestWritesWhoseAnswersAreLost(t *testing.T) {
+	t.Parallel()
+	s, cut := throughRelay(t)
+	lose := func(text string) {
+		cut.Store(text)
+		t.Cleanup(func() {
+			if cut.Load() != "" {
+				t.Errorf("no answer %s was lost", cut.Load())
+			}
+		})
+	}
+	for i := range 5 {
+		made := newUser(s, fmt.Sprintf("%d@example.com", i))
+		path := made.header.Get("Location")
+		lose("UPDATE 1")
+		renamed := s.call("PUT", path, `{"name":"B"}`, "If-Match: "+made.header.Get("ETag"))
+		if renamed.user(t)["name"] != "B" {
+			t.Errorf("renamed: %s", renamed.body)
+		}
+		wantError(t, s.call("PUT", path, `{"name":"C"}`, "If-Match: "+made.header.Get("ETag")), 412, answers[kindPrecondition].message)
+		if got := s.call("GET", path, ""); got.body != renamed.body {
+			t.Errorf("stored %s\nwant   %s", got.body, renamed.body)
+		}
+		lose("UPDATE 1")
+		if got := s.call("PUT", path, `{"name":"D"}`).user(t); got["name"] != "D" {
+			t.Errorf("renamed: %v", got)
+		}
+		lose("DELETE 1")
+		var when []string
+		if i%2 == 0 {
+			when = []string{"If-Match: " + s.call("GET", path, "").header.Get("ETag")}
+		}
+		if a := s.call("DELETE", path, "", when...); a.status != 200 {
+			t.Errorf("DELETE: %d %s", a.status, a.body)
+		}
+		wantError(t, s.call("DELETE", path, ""), 404, "Resource not found")
+	}
+}
+
+// A connection that died while it was idle leaves nothing open: a delete that
+// finds nobody is a 404, for no earlier try was sent.
+func TestDeadConnectionsAreNotUsed(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	s := startService(t, testEnv(databaseURL+" application_name=dead"))
+	s.waitReady()
+	path := newUser(s, "a@example.com").header.Get("Location")
+	s.call("DELETE", path, "")
+	for range 10 {
+		mustExec(t, db, "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'dead'")
+		wantError(t, s.call("DELETE", path, ""), 404, "Resource not found")
+	}
+}
+
 // PostgreSQL holds the connections and says nothing: the deadline holds all the
 // same, and so does that of readiness.
 func TestSilentDatabase(t *testing.T) {
@@ -591,7 +647,55 @@ func TestStatementEndsAtTheDeadline(t *testing.T) {
 	}
 }
 
-// PostgreSQL goes away altogether: 503 with the reason, and /health stays 200.
+// PostgreSQL goes away altogether: requests wait for it, and are answered as soon
+// as it is back.
+func TestDatabaseAway(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-relay-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, ".s.PGSQL.5432")
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	relay(t, socket)
+	s := startService(t, testEnv(databaseURL+" application_name=away host="+dir, "REQUEST_TIMEOUT=60s"))
+	s.waitReady()
+	path := newUser(s, "a@example.com").header.Get("Location")
+	if err := os.Rename(socket, socket+".away"); err != nil {
+		t.Fatal(err)
+	}
+	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'away'")
+	var wg sync.WaitGroup
+	var status [40]int
+	for i := range status {
+		wg.Go(func() {
+			switch i % 4 {
+			case 0:
+				status[i] = s.call("GET", path, "").status
+			case 1:
+				status[i] = s.call("PUT", path, `{"name":"B"}`).status
+			case 2:
+				status[i] = s.call("POST", usersPath, fmt.Sprintf(`{"email":"%d@example.com","name":"N"}`, i)).status
+			case 3:
+				status[i] = s.call("GET", usersPath, "").status
+			}
+		})
+	}
+	waitFor(t, "readiness to end", func() bool { return s.call("GET", "/health/ready", "").status == 503 })
+	if err := os.Rename(socket+".away", socket); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	for i, got := range status {
+		if got != 200 {
+			t.Errorf("request %d: %d", i, got)
+		}
+	}
+}
+
+// It stays away for longer than a request may wait: 503 with the reason, and
+// /health stays 200.
 func TestDatabaseGone(t *testing.T) {
 	t.Parallel()
 	databaseURL, db := newSchema(t)
@@ -602,7 +706,7 @@ func TestDatabaseGone(t *testing.T) {
 	socket := filepath.Join(dir, ".s.PGSQL.5432")
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	relay(t, socket)
-	s := startService(t, testEnv(databaseURL+" application_name=gone host="+dir))
+	s := startService(t, testEnv(databaseURL+" application_name=gone host="+dir, "REQUEST_TIMEOUT=1s"))
 	s.waitReady()
 	path := newUser(s, "a@example.com").header.Get("Location")
 
@@ -611,7 +715,7 @@ func TestDatabaseGone(t *testing.T) {
 	}
 	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'gone'")
 	wantError(t, s.call("GET", path, ""), 503, "The database is not available")
-	wantError(t, s.call("PUT", path, `{"name":"x"}`), 503, "The database is not available; the change may have been made all the same")
+	wantError(t, s.call("PUT", path, `{"name":"x"}`), 503, "The database is not available") // and nothing was sent
 	waitFor(t, "readiness to end", func() bool { return s.call("GET", "/health/ready", "").status == 503 })
 	wantError(t, s.call("GET", "/health/ready", ""), 503, "PostgreSQL does not answer")
 	if a := s.call("GET", "/health", ""); a.status != 200 || a.body != "OK" {
