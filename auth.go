@@ -59,9 +59,9 @@ const (
 
 // claims are what a verified token says of its bearer.
 type claims struct {
-	subject string
-	scoped  bool // the token has a scope or scp claim: it may do what that says and no more
-	scopes  []string
+	caller
+	scoped bool // the token has a scope or scp claim: it may do what that says and no more
+	scopes []string
 }
 
 // allows reports whether the bearer may do what takes the scope.
@@ -189,8 +189,9 @@ func (v *verifier) checkClaims(payload []byte) (claims, error) {
 				return errTokenFuture
 			}
 		case "iss":
-			issuer, ok := jsonString(value)
-			issuerFits = issuerFits || ok && issuer == v.issuer
+			var ok bool
+			c.issuer, ok = jsonString(value)
+			issuerFits = issuerFits || ok && c.issuer == v.issuer
 		case "aud": // one string, or an array of them
 			audience, ok := jsonString(value)
 			audiences, _ := jsonStrings(value)
@@ -318,7 +319,7 @@ func authorize(v *verifier, w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return refusal(kindUnauthorized, err.Error(), `, error="invalid_token", error_description="`+err.Error()+`"`)
 	}
-	exchangeOf(w).subject = c.subject
+	exchangeOf(w).caller = c.caller
 
 	scope := "users:write"
 	if r.Method == http.MethodGet || r.Method == http.MethodHead {

@@ -33,6 +33,7 @@ const (
 	kindTooLarge
 	kindMediaType
 	kindShape
+	kindKeyReused
 	kindCallerGone
 	kindUnavailable
 	kindTimeout
@@ -57,6 +58,7 @@ var answers = [...]struct {
 	kindTooLarge:     {http.StatusRequestEntityTooLarge, "Request body too large"},
 	kindMediaType:    {http.StatusUnsupportedMediaType, "Content-Type must be application/json"},
 	kindShape:        {http.StatusUnprocessableEntity, "Unexpected JSON"},
+	kindKeyReused:    {http.StatusUnprocessableEntity, "The Idempotency-Key was used before, with another body"},
 	kindCallerGone:   {499, "Client closed the request"}, // nginx's number, for the log: nobody reads this answer
 	kindUnavailable:  {http.StatusServiceUnavailable, "Service unavailable"},
 	kindTimeout:      {http.StatusServiceUnavailable, "The request took too long"},
@@ -75,6 +77,7 @@ var (
 	errNotFound     = &failure{kind: kindNotFound}
 	errEmailTaken   = &failure{kind: kindConflict}
 	errPrecondition = &failure{kind: kindPrecondition}
+	errKeyReused    = &failure{kind: kindKeyReused}
 )
 
 // invalid returns the failure of a value that breaks a rule: what names the

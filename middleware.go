@@ -45,7 +45,7 @@ type exchange struct {
 	bodyRead bool   // the request's body has been read to its end
 	id       string // X-Request-Id
 	traceID  string // of a W3C traceparent; empty without one
-	subject  string // whose token it came with; empty without one
+	caller          // whose token it came with
 	cause    error  // what went wrong, where the answer does not tell
 }
 
@@ -242,7 +242,7 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 // What cors lets scripts of other origins do (Fetch standard, section 3.2).
 const (
 	corsMethods = "GET, HEAD, POST, PUT, PATCH, DELETE"
-	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, X-Request-Id, Traceparent"
+	corsHeaders = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, X-Request-Id, Traceparent"
 )
 
 // cors lets browsers use the service from scripts of the given origins; nil

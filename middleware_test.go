@@ -861,7 +861,7 @@ func TestCORS(t *testing.T) {
 			expect("Access-Control-Allow-Origin", tt.allow)
 			expect("Access-Control-Allow-Methods", only(tt.methods, "GET, HEAD, POST, PUT, PATCH, DELETE"))
 			expect("Access-Control-Allow-Headers", only(tt.methods,
-				"Authorization, Content-Type, If-Match, If-None-Match, X-Request-Id, Traceparent"))
+				"Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, X-Request-Id, Traceparent"))
 			expect("Access-Control-Max-Age", only(tt.methods, "7200"))
 			expect("Access-Control-Expose-Headers", only(tt.exposed, "ETag, Link, Location, Retry-After, X-Request-Id"))
 			expect("Access-Control-Allow-Credentials", "")

@@ -99,3 +99,27 @@ DROP INDEX IF EXISTS idx_users_created_at;
 ALTER TABLE users
     ALTER COLUMN created_at SET DEFAULT now(), ALTER COLUMN created_at SET NOT NULL,
     ALTER COLUMN updated_at SET DEFAULT now(), ALTER COLUMN updated_at SET NOT NULL;
+
+-- migration 4: an Idempotency-Key makes one user
+
+-- Who is created with an Idempotency-Key gets an id that is made of it: a UUID
+-- of version 8 (RFC 9562, section 5.8) whose first ten bytes stand for the
+-- caller and the key, the last six for the body (see idempotency.go). The index
+-- lets only one body of a key become a user, whoever asks at the same moment.
+-- Users with ids of other versions are not in it.
+--
+-- A table that is taken over may hold ids of version 8 that somebody else made
+-- in a way of his own, several of them with the same first ten bytes. They stay,
+-- and the index is for those who are created later.
+DO $$
+DECLARE
+    keyed  text := 'get_byte(uuid_send(id), 6) >> 4 = 8 AND get_byte(uuid_send(id), 8) >> 6 = 2'; -- version, variant
+    newest timestamptz;
+BEGIN
+    EXECUTE format('SELECT max(newest) FROM (SELECT max(created_at) AS newest FROM users WHERE %s
+                    GROUP BY substring(uuid_send(id) FOR 10) HAVING count(*) > 1) AS alike', keyed) INTO newest;
+    IF newest IS NOT NULL THEN
+        keyed := format('%s AND created_at > %L::timestamptz', keyed, newest);
+    END IF;
+    EXECUTE format('CREATE UNIQUE INDEX users_idempotency_key ON users (substring(uuid_send(id) FOR 10)) WHERE %s', keyed);
+END $$;

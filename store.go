@@ -20,9 +20,9 @@ import (
 )
 
 // The store is where SQL lives: everybody else speaks of users. Its methods
-// return [errNotFound], [errEmailTaken], [errPrecondition], failures of the kinds
-// unavailable, timeout, callerGone and database, and what their context ends
-// with; nothing of the driver's gets out.
+// return [errNotFound], [errEmailTaken], [errKeyReused], [errPrecondition],
+// failures of the kinds unavailable, timeout, callerGone and database, and what
+// their context ends with; nothing of the driver's gets out.
 
 // columns are those of a user, in the order of [user.fields].
 const columns = "id, email, name, created_at, updated_at"
@@ -130,7 +130,7 @@ func (s *store) prepare(ctx context.Context) error {
 		return s.db.PingContext(ctx)
 	}
 	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser,
-		insertUsers, selectUsers, findUsers, updateUsers, deleteUsers} {
+		selectKeyed, insertUsers, selectUsers, findUsers, updateUsers, deleteUsers} {
 		if s.prepared[text] != nil {
 			continue // from an earlier try
 		}
@@ -179,7 +179,9 @@ func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}])
 }
 
 // create stores a new user. The error is [errEmailTaken] if another user has
-// the address, letter case ignored.
+// the address, letter case ignored. With an id from [keyedUUID] it returns the
+// user that has been created with this id before, if there is one, and the
+// error is [errKeyReused] if the key was used with another body.
 func (s *store) create(ctx context.Context, id, email, name string) (user, error) {
 	in := draft{id, email, name}
 	u, err := s.many.creates.do(ctx, in)
@@ -191,12 +193,17 @@ func (s *store) create(ctx context.Context, id, email, name string) (user, error
 
 func (s *store) createAlone(ctx context.Context, in draft) (user, error) {
 	u, _, err := s.one(ctx, insertUser, in.id, in.email, in.name)
-	if errors.Is(err, errEmailTaken) {
-		// An earlier try may have gone through, here or in [store.createMany]: then
-		// it is this very user who has the id and the address.
-		if mine, _, getErr := s.one(ctx, selectUser, in.id); getErr == nil {
-			return mine, nil
-		}
+	switch {
+	case !errors.Is(err, errEmailTaken):
+		return u, err
+	case isKeyed(in.id):
+		return s.madeBefore(ctx, in.id)
+	}
+	// An earlier try may have gone through, here or in [store.createMany]: then it
+	// is this very user who has the id and the address.
+	u, _, err = s.one(ctx, selectUser, in.id)
+	if errors.Is(err, errNotFound) {
+		err = errEmailTaken
 	}
 	return u, err
 }

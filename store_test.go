@@ -43,7 +43,7 @@ func indexes(t *testing.T, db *sql.DB) string {
 	return names
 }
 
-const ourIndexes = "users_created_at_id_idx users_email_lower_key users_pkey"
+const ourIndexes = "users_created_at_id_idx users_email_lower_key users_idempotency_key users_pkey"
 
 func TestReplicasStartAtOnce(t *testing.T) {
 	t.Parallel()
@@ -193,7 +193,7 @@ func TestParseMigrations(t *testing.T) {
 		{"a gap", "-- migration 1: x\n-- migration 3: y\n", 0},
 		{"one twice", "-- migration 1: x\n-- migration 1: y\n", 0},
 		{"a number without bounds", "-- migration 99999999999999999999: x\n", 0},
-		{"our own", schemaSQL, 3},
+		{"our own", schemaSQL, 4},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got, err := parseMigrations(test.schema)
@@ -215,6 +215,7 @@ func TestMigrationsAreAsReleased(t *testing.T) {
 		"506b90beddca30ddada373c838719c58166c6f1d7d7b13ebfd78dc886ddfa556",
 		"51ae22d21b437a26a95fc9d966247b252732a8e0153873809df840e68490b036",
 		"05a3c7316ea2fdd4d39de417323470f56e08fa489469ff6818566d814dc1f839",
+		"c7a61718a47a79bb317d47c0b58aad6213c6ef63b0dcfe46d8b9d1424d107023",
 	}
 	for i, m := range migrations {
 		if i >= len(released) || m.checksum != released[i] {
@@ -240,6 +241,7 @@ func TestPlans(t *testing.T) {
 		{"page by cursor", nextUsers, "Index Cond: (ROW(created_at, id) < ROW(", []any{20, time.Now(), noSuchID}},
 		{"update", updateUser, "Index Scan using users_pkey", []any{noSuchID, nil, "x", nil, nil}},
 		{"delete", deleteUser, "Index Scan using users_pkey", []any{noSuchID, nil, nil}},
+		{"user of a key", selectKeyed, "Index Scan using users_pkey", []any{noSuchID, noSuchID}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			rows, err := s.db.Query("EXPLAIN "+test.text, test.args...)

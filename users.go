@@ -151,7 +151,17 @@ func (h *users) create(w http.ResponseWriter, r *http.Request) error {
 	if err := in.validate(); err != nil {
 		return err
 	}
-	u, err := h.store.create(r.Context(), newUUID(), *in.email, *in.name)
+	key, err := parseIdempotencyKey(r.Header["Idempotency-Key"])
+	if err != nil {
+		return err
+	}
+	id := ""
+	if key == "" {
+		id = newUUID()
+	} else {
+		id = keyedUUID(exchangeOf(w).caller, key, *in.email, *in.name)
+	}
+	u, err := h.store.create(r.Context(), id, *in.email, *in.name)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"strings"
+)
+
+// How a create is repeated
+//
+// A client whose create got no answer can't know whether there is a user now.
+// With an Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) it may
+// just ask again: the same key and body bring the user that was made the first
+// time, the same key with another body is refused.
+//
+// Nothing is kept for that but the user itself, whose id is made from the
+// request instead of from time and chance. So every replica agrees, at any time
+// later, and a key lives as long as its user. The id is a UUID of version 8
+// (RFC 9562, section 5.8):
+//
+//	kkkkkkkk-kkkk-8kkk-vkkk-bbbbbbbbbbbb
+//
+// k stands for the caller and the key, b for the body, and v for the variant and
+// two more bits of k. PostgreSQL lets no two users share the first half
+// (schema.sql, migration 4), nor the whole. By chance, two keys out of 2^74
+// possible ones, or two bodies of one key out of 2^48, would look the same.
+
+// A caller is who an Idempotency-Key belongs to. Both fields are those of its
+// token, empty where that doesn't say or where there is none.
+type caller struct {
+	issuer  string // a token's subject is unique to its issuer alone (RFC 7519, section 4.1.2)
+	subject string
+}
+
+// keyedUUID returns the id of the user that the caller makes with the key.
+func keyedUUID(who caller, key, email, name string) string {
+	keySum := sumOf("rollcall: the caller and its Idempotency-Key", who.issuer, who.subject, key)
+	// With the key in it as well, the second half tells nobody who reads an id
+	// somewhere whether a guessed address is right.
+	bodySum := sumOf("rollcall: the body of its create", string(keySum[:]), email, name)
+	var b [16]byte
+	copy(b[:10], keySum[:])
+	copy(b[10:], bodySum[:])
+	b[6] = b[6]&0x0f | 0x80 // version
+	b[8] = b[8]&0x3f | 0x80 // variant
+	return formatUUID(b)
+}
+
+// sumOf returns the SHA-256 of the parts, each behind its length, so that no
+// two lists of parts are the same text. The first one keeps apart what is made
+// for different purposes.
+func sumOf(parts ...string) [sha256.Size]byte {
+	var text []byte
+	for _, part := range parts {
+		text = binary.BigEndian.AppendUint64(text, uint64(len(part)))
+		text = append(text, part...)
+	}
+	return sha256.Sum256(text)
+}
+
+// isKeyed reports whether the id, of a user to be created, is from [keyedUUID].
+func isKeyed(id string) bool { return id[14] == '8' }
+
+// selectKeyed is for the ids of one caller and key.
+const selectKeyed = "SELECT " + columns + " FROM users WHERE id BETWEEN $1 AND $2"
+
+// madeBefore returns the user that was created with this id, as it is now. It
+// is asked when PostgreSQL has found that something about a create with an
+// Idempotency-Key is there already: the error is [errKeyReused] if that is the
+// key, with another body, and [errEmailTaken] if it is not the key.
+func (s *store) madeBefore(ctx context.Context, id string) (user, error) {
+	half := id[:len("kkkkkkkk-kkkk-8kkk-vkkk-")]
+	u, _, err := s.one(ctx, selectKeyed, half+"000000000000", half+"ffffffffffff")
+	switch {
+	case errors.Is(err, errNotFound):
+		return user{}, errEmailTaken
+	case err != nil:
+		return user{}, err
+	case u.ID != id:
+		return user{}, errKeyReused
+	}
+	return u, nil
+}
+
+// maxKeyLength is the length of an Idempotency-Key, in characters, without its
+// quotes and escapes.
+const maxKeyLength = 255
+
+// parseIdempotencyKey returns the key of a request's Idempotency-Key fields,
+// empty if there is none. The draft wants a string of RFC 9651, section 3.3.3:
+//
+//	Idempotency-Key: "8e03978e-40d5-43dd-bc93-6894a57f9324"
+//
+// Most clients leave out the quotes, so visible ASCII without them is taken as
+// well, and is the same key. What would then be ambiguous has to be quoted: a
+// quote or a backslash, and the comma and semicolon, which in a structured field
+// end a value. Parameters, which the draft has none of, are refused in both.
+//
+// The error is a failure that says what is wrong.
+func parseIdempotencyKey(fields []string) (key string, err error) {
+	switch len(fields) {
+	case 0:
+		return "", nil
+	case 1:
+	default: // which of them the client would go by, nobody knows
+		return "", badKey("is given twice")
+	}
+	field := strings.Trim(fields[0], " ")
+	if strings.HasPrefix(field, `"`) {
+		key, err = parseQuotedKey(field)
+	} else {
+		key = field
+		if strings.ContainsFunc(key, func(c rune) bool { return c <= ' ' || c > '~' || strings.ContainsRune(`"\,;`, c) }) {
+			err = badKey("without quotes must be visible ASCII other than quotes, backslashes, commas and semicolons")
+		}
+	}
+	if err == nil && (key == "" || len(key) > maxKeyLength) {
+		err = badKey("must have 1 to 255 characters")
+	}
+	if err != nil {
+		return "", err
+	}
+	return key, nil
+}
+
+// parseQuotedKey returns what is between the quotes of a string (RFC 9651,
+// section 4.2.5). The field begins with a quote.
+func parseQuotedKey(field string) (string, error) {
+	var key []byte
+	for i := 1; i < len(field); i++ {
+		c := field[i]
+		switch {
+		case c == '"' && i == len(field)-1:
+			return string(key), nil
+		case c == '"':
+			return "", badKey("must end with its closing quote")
+		case c == '\\':
+			i++
+			if i == len(field) || field[i] != '"' && field[i] != '\\' {
+				return "", badKey(`has a backslash that is not before " or \`)
+			}
+			c = field[i]
+		case c < ' ' || c > '~':
+			return "", badKey("must be printable ASCII")
+		}
+		key = append(key, c)
+	}
+	return "", badKey("has no closing quote")
+}
+
+func badKey(what string) error { return invalid("Idempotency-Key " + what) }
