@@ -376,6 +376,9 @@ func TestKeyedUUID(t *testing.T) {
 	if want := "e572a48c-bd9b-818c-aae4-b5bc42392010"; base != want {
 		t.Errorf("got %s, want %s", base, want)
 	}
+	if id := keyedUUID(caller{}, "8e03978e-40d5-43dd-bc93-6894a57f9325", "grace@example.com", "Grace Hopper"); id != "924993db-f780-84de-89b5-a9cbbc66bb90" {
+		t.Errorf("README.md shows another id than %s", id)
+	}
 	const half = 23 // the characters that stand for the caller and the key
 	for _, test := range []struct {
 		name string
