@@ -249,6 +249,18 @@ func TestKeyWhoseAnswerIsLost(t *testing.T) {
 	wantRows(t, s, 1)
 }
 
+// Without prepared statements, for a pooler that shares sessions, all is the same.
+func TestKeyWithBinaryParameters(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	s := startService(t, testEnv(databaseURL+" binary_parameters=yes"))
+	s.waitReady()
+	first := s.call("POST", usersPath, adaBody, withKey("k"))
+	first.user(t)
+	wantSame(t, first, s.call("POST", usersPath, adaBody, withKey("k")))
+	wantError(t, s.call("POST", usersPath, `{"email":"b@example.com","name":"x"}`, withKey("k")), 422, keyReused)
+}
+
 func TestKeysOfOtherCallers(t *testing.T) {
 	t.Parallel()
 	s := newService(t, withAuth...)
@@ -256,7 +268,7 @@ func TestKeysOfOtherCallers(t *testing.T) {
 		return "Authorization: Bearer " + mintToken([]byte(middlewareSecret), grant{issuer: issuer, subject: subject, ttl: time.Hour}, time.Now())
 	}
 	ids := make(map[string]string)
-	for i, token := range []string{token("", "alice"), token("", "bob"), token("a", "lice"), token("al", "ice"), token("", "")} {
+	for i, token := range []string{token("", "alice"), token("", "bob"), token("idp", "alice"), token("a", "lice"), token("al", "ice"), token("", "")} {
 		body := fmt.Sprintf(`{"email":"%d@example.com","name":"x"}`, i)
 		first := s.call("POST", usersPath, body, token, withKey("k"))
 		id := first.user(t)["id"]
@@ -266,7 +278,7 @@ func TestKeysOfOtherCallers(t *testing.T) {
 		ids[id[:23]] = fmt.Sprint(i)
 		wantSame(t, first, s.call("POST", usersPath, body, token, withKey("k")))
 	}
-	if n := len(s.call("GET", usersPath, "", token("", "alice")).users(t)); n != 5 {
+	if n := len(s.call("GET", usersPath, "", token("", "alice")).users(t)); n != 6 {
 		t.Errorf("%d users", n)
 	}
 	// It is the subject that counts, not the token.
