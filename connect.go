@@ -21,7 +21,7 @@ import (
 // A connector makes the connections of a pool. It is a [driver.Connector].
 type connector struct {
 	database pq.Config
-	limit    time.Duration // after which PostgreSQL ends a statement; 0: it does not
+	limit    time.Duration // after which PostgreSQL ends a statement, and much sooner one that meets a lock; 0: it does not
 	patience time.Duration // after which a silent PostgreSQL is given up; 0: never
 	// age is how often the connections had to be given up; those made before the
 	// last time are not used again.
@@ -52,7 +52,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 		return nil, connectError{err}
 	}
 	if c.limit != 0 {
-		text := fmt.Sprintf("SET statement_timeout = %d", max(1, c.limit.Milliseconds()))
+		text := fmt.Sprintf("SET statement_timeout = %d; SET lock_timeout = %d", max(1, c.limit.Milliseconds()), lockPatience.Milliseconds())
 		if _, err := made.(pqConn).ExecContext(ctx, text, nil); err != nil {
 			made.Close()
 			return nil, connectError{err}

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -62,6 +63,7 @@ type store struct {
 
 	prepared map[string]*sql.Stmt // by text; complete once started is true
 	many     batches
+	alone    *lockQueue // where a write that can't be done with others is done
 	started  atomic.Bool
 	answered atomic.Int64 // when PostgreSQL last answered, in nanoseconds since 1970
 }
@@ -71,6 +73,7 @@ type store struct {
 func openStore(cfg config, log *slog.Logger) *store {
 	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
 	s.many = newBatches(s)
+	s.alone = newLockQueue(cfg.dbMaxConns)
 	database := cfg.database
 	database.ConnectTimeout = min(database.ConnectTimeout, cfg.requestTimeout)
 	s.limit = cfg.requestTimeout
@@ -184,9 +187,12 @@ func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}])
 // error is [errKeyReused] if the key was used with another body.
 func (s *store) create(ctx context.Context, id, email, name string) (user, error) {
 	in := draft{id, email, name}
-	u, err := s.many.creates.do(ctx, in)
+	u, err, key := user{}, errAlone, strings.ToLower(email)
+	if !s.alone.has(key) {
+		u, err = s.many.creates.do(ctx, in)
+	}
 	if err == errAlone || err == errAloneAgain {
-		u, err = s.createAlone(ctx, in)
+		u, err = s.alone.do(ctx, key, false, func(bool) (user, error) { return s.createAlone(ctx, in) })
 	}
 	return u, unsure(err)
 }
@@ -242,9 +248,12 @@ func (s *store) list(ctx context.Context, limit, offset int64, after *position) 
 // [errEmailTaken].
 func (s *store) update(ctx context.Context, id string, email, name *string, when preconditions) (user, error) {
 	in := userChange{id, email, name, when}
-	u, err := s.many.updates.do(ctx, in)
+	u, err := user{}, errAlone
+	if !s.alone.has(id) {
+		u, err = s.many.updates.do(ctx, in)
+	}
 	if err == errAlone || err == errAloneAgain {
-		u, err = s.updateAlone(ctx, in, err == errAloneAgain)
+		u, err = s.alone.do(ctx, id, err == errAloneAgain, func(again bool) (user, error) { return s.updateAlone(ctx, in, again) })
 	}
 	return u, unsure(err)
 }
@@ -273,9 +282,12 @@ func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (use
 // [errPrecondition] if the user is in a version that when excludes.
 func (s *store) delete(ctx context.Context, id string, when preconditions) error {
 	in := userChange{id: id, when: when}
-	_, err := s.many.deletes.do(ctx, in)
+	err := errAlone
+	if !s.alone.has(id) {
+		_, err = s.many.deletes.do(ctx, in)
+	}
 	if err == errAlone || err == errAloneAgain {
-		_, err = s.deleteAlone(ctx, in, err == errAloneAgain)
+		_, err = s.alone.do(ctx, id, err == errAloneAgain, func(again bool) (user, error) { return s.deleteAlone(ctx, in, again) })
 	}
 	return unsure(err)
 }
@@ -347,6 +359,9 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 		if err == nil {
 			s.answered.Store(time.Now().UnixNano())
 			return repeated, nil
+		}
+		if pq.As(err, pqerror.LockNotAvailable) != nil && ctx.Err() == nil && !strings.HasPrefix(text, "SELECT") {
+			return repeated, rerun(repeated) // where it keeps nobody waiting: see [lockQueue]
 		}
 		if !passes(err) || ctx.Err() != nil {
 			return repeated, giveUp(ctx, err, repeated)
@@ -464,7 +479,8 @@ func passes(err error) bool {
 		case pqerror.TRDeadlockDetected, pqerror.TRSerializationFailure,
 			pqerror.AdminShutdown, pqerror.CrashShutdown, pqerror.CannotConnectNow, pqerror.IdleSessionTimeout,
 			pqerror.ReadOnlySQLTransaction, // a standby, or a primary that became one
-			pqerror.TooManyConnections:
+			pqerror.TooManyConnections,
+			pqerror.LockNotAvailable: // within lockPatience
 			return true
 		}
 		return refused.Code.Class() == "08" // connection exception
