@@ -439,12 +439,16 @@ func (s *store) runOnce(ctx context.Context, text string, args []any, read func(
 
 // unsure adds to the error of a write what its caller has to know: that an
 // error which came instead of PostgreSQL's answer leaves open what it did. (Not
-// if there was no connection: then nothing was sent.)
+// if there was no connection: then nothing was sent; nor if PostgreSQL says what
+// it lacks: then it has undone all.)
 func unsure(err error) error {
 	if err == nil {
 		return nil
 	}
 	f := asFailure(err)
+	if refused := pq.As(err); refused != nil && refused.Code.Class() == "53" { // insufficient resources
+		return err
+	}
 	if _, unsent := errors.AsType[connectError](err); unsent || f.kind != kindTimeout && f.kind != kindUnavailable {
 		return err
 	}
@@ -461,6 +465,8 @@ func translate(ctx context.Context, err error) error {
 		return asFailure(fmt.Errorf("%w (%v)", ctx.Err(), err))
 	case pq.As(err, pqerror.QueryCanceled) != nil: // by statement_timeout
 		return &failure{kind: kindTimeout, cause: err}
+	case pq.As(err, pqerror.DiskFull) != nil:
+		return &failure{kind: kindUnavailable, message: "The database has no space left", cause: err}
 	case isUnavailable(err):
 		return &failure{kind: kindUnavailable, message: "The database is not available", cause: err}
 	case refused != nil && refused.Code == pqerror.UniqueViolation: // of the address, or of an id: see createAlone
