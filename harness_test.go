@@ -29,6 +29,7 @@ func TestMain(m *testing.M) {
 		return
 	}
 	code := m.Run()
+	printChaosTable(os.Stdout)
 	if postgres.started != nil {
 		postgres.started.stop()
 	}
