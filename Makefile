@@ -2,7 +2,7 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build bench pgo fuzz clean postgres compiler
+.PHONY: help run test check build bench chaos pgo fuzz clean postgres compiler
 # PostgreSQL and the compiler come from the same package manager, which two can't
 # use at once: so make -j, too, does one thing after the other.
 .NOTPARALLEL:
@@ -66,6 +66,10 @@ endef
 
 bench: postgres ## compare with one statement a request, over HTTP; see bench_test.go
 	GOGC=400 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
+
+# Each of these tests has a short form in make test. The table comes last.
+chaos: postgres ## break what can break, in full, under load; prints what became of the requests
+	ROLLCALL_CHAOS=1 go test -v -count=1 -timeout 60m -run '^TestChaos' .
 
 # The client of the benchmark shares its process: what it does is left out of the profile.
 pgo: postgres ## renew default.pgo, by which the compiler optimizes, from the mixed load

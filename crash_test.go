@@ -1,0 +1,265 @@
+package main
+
+import (
+	"bytes"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Exactly once, whatever becomes of PostgreSQL: it is killed, and its answers are
+// lost. What a write that was sent and not answered has done, nobody can tell:
+// the service has to repeat it so that it is done once all the same.
+
+// chaosConns is how many clients the load has.
+const chaosConns = 64
+
+// TestChaosCrash kills every process of PostgreSQL at once, again and again.
+func TestChaosCrash(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("finds the processes of PostgreSQL in /proc, which only Linux has")
+	}
+	rounds := chaosRounds(t, 5, 1)
+	dir, err := os.MkdirTemp("", "rollcall-crash-") // t.TempDir may be too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	d, err := startDevDatabase(t.Context(), dir) // with PostgreSQL's defaults: it acknowledges what is on disk
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.stop() })
+	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
+		if got := devQuery(t, d, "SHOW "+setting); got != "on" {
+			t.Fatalf("%s is %s: PostgreSQL may forget what it has acknowledged", setting, got)
+		}
+	}
+	s := startService(t, testEnv(d.url(), "REQUEST_TIMEOUT=30s"))
+	s.waitReady()
+	l := startLoad(t, s.url, chaosConns)
+	for range rounds {
+		l.wait(300 + rand.IntN(300))
+		killDatabase(t, d)
+		d.stop() // tidies up; its error is that PostgreSQL was killed
+		url := d.url()
+		if d, err = startDevDatabase(t.Context(), dir); err != nil {
+			t.Fatal(err)
+		}
+		if d.url() != url {
+			t.Fatalf("PostgreSQL is back at another address: %s, not %s", d.url(), url)
+		}
+	}
+	l.wait(300)
+	db, err := sql.Open("postgres", d.url())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	o := l.stop(db)
+	o.faults = rounds
+	o.want(t, "kill -9 of the whole PostgreSQL")
+}
+
+// killDatabase kills all processes of a PostgreSQL at once, and returns when its
+// first one has ended. Each of them leads a process group of its own, so a signal
+// to the group of the first would leave the others time to finish and to answer.
+func killDatabase(t *testing.T, d *devDatabase) {
+	t.Helper()
+	first := d.server.cmd.Process.Pid
+	if err := syscall.Kill(first, syscall.SIGSTOP); err != nil { // so that it starts no more of them
+		t.Fatal(err)
+	}
+	waitFor(t, "PostgreSQL to stand still", func() bool {
+		state, _ := processStat(first)
+		return state == "T"
+	})
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids := []int{first}
+	for _, e := range entries {
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
+			if _, parent := processStat(pid); parent == first {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	if len(pids) < 5 { // the checkpointer, the writers, and those who serve
+		t.Fatalf("PostgreSQL has %d processes only", len(pids))
+	}
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+	<-d.exited()
+}
+
+// processStat returns the state of a process and the pid of its parent, or
+// nothing of one that is gone: fields 3 and 4 of /proc/pid/stat (proc(5)).
+func processStat(pid int) (state string, parent int) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", 0
+	}
+	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // a program's name may have anything in it
+	parent, _ = strconv.Atoi(fields[1])
+	return fields[0], parent
+}
+
+// TestChaosAnswersLost lets statements through to PostgreSQL and loses what it
+// answers: a kill hardly ever falls between a commit and its answer, this always.
+func TestChaosAnswersLost(t *testing.T) {
+	rounds := chaosRounds(t, 25, 5)
+	databaseURL, db := newSchema(t)
+	r := startLossyRelay(t)
+	s := startService(t, testEnv(databaseURL+" application_name=answers_lost "+r.address(), "REQUEST_TIMEOUT=30s"))
+	s.waitReady()
+	l := startLoad(t, s.url, chaosConns)
+	for range rounds {
+		l.wait(rand.IntN(300))
+		r.loseAnswers(t)
+	}
+	l.wait(300)
+
+	// What was sent on connections that are gone may still be under way.
+	l.end()
+	s.stop()
+	waitFor(t, "PostgreSQL to be done", func() bool {
+		var busy bool
+		err := db.QueryRow("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'answers_lost')").Scan(&busy)
+		return err == nil && !busy
+	})
+	o := l.stop(db)
+	o.faults = rounds
+	o.want(t, "answers lost and all connections reset")
+	t.Logf("%d writes were done and their answers lost", r.lost.Load())
+	if r.lost.Load() < int64(rounds) {
+		t.Errorf("the answers of %d writes were lost in %d rounds: not one in each", r.lost.Load(), rounds)
+	}
+}
+
+// A lossyRelay passes connections on to the test's PostgreSQL, and at times loses
+// what comes back.
+type lossyRelay struct {
+	listener net.Listener
+	armed    atomic.Bool  // the next answer to a write will be lost
+	deaf     atomic.Bool  // every answer is
+	lost     atomic.Int64 // writes that were committed, and whose answers were lost
+
+	mu    sync.Mutex
+	pairs map[net.Conn]net.Conn // the service's side to PostgreSQL's
+}
+
+func startLossyRelay(t *testing.T) *lossyRelay {
+	t.Helper()
+	// Over TCP: a unix socket can't be reset, only closed.
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &lossyRelay{listener: listener, pairs: make(map[net.Conn]net.Conn)}
+	t.Cleanup(func() {
+		listener.Close()
+		r.reset()
+	})
+	server := filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432")
+	go func() {
+		for {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("unix", server)
+			if err != nil {
+				from.Close()
+				continue
+			}
+			r.mu.Lock()
+			r.pairs[from] = to
+			r.mu.Unlock()
+			go func() {
+				io.Copy(to, from)
+				to.Close()
+			}()
+			go r.answer(from, to)
+		}
+	}()
+	return r
+}
+
+// address is where the relay is, for a connection string.
+func (r *lossyRelay) address() string {
+	return fmt.Sprintf("host=127.0.0.1 port=%d", r.listener.Addr().(*net.TCPAddr).Port)
+}
+
+// wroteRows matches the end of an answer to a write of at least one row that is
+// committed: CommandComplete with its tag, and ReadyForQuery outside a transaction
+// (PostgreSQL's manual, section 55.7).
+var wroteRows = regexp.MustCompile(`(?s)C\x00\x00\x00.(INSERT 0|UPDATE|DELETE) [1-9][0-9]*\x00Z\x00\x00\x00\x05I$`)
+
+// answer passes on what PostgreSQL answers.
+func (r *lossyRelay) answer(from, to net.Conn) {
+	b := make([]byte, 1<<16)
+	for {
+		n, err := to.Read(b)
+		if err != nil {
+			break
+		}
+		wrote := wroteRows.Match(b[:n])
+		if wrote && r.armed.CompareAndSwap(true, false) {
+			r.deaf.Store(true)
+		}
+		if !r.deaf.Load() {
+			from.Write(b[:n])
+		} else if wrote {
+			r.lost.Add(1)
+		}
+	}
+	from.Close()
+	r.mu.Lock()
+	delete(r.pairs, from)
+	r.mu.Unlock()
+}
+
+// loseAnswers loses the answer to the next write, and from there on every answer
+// for a moment, in which statements go on to get through. Then it resets all
+// connections.
+func (r *lossyRelay) loseAnswers(t *testing.T) {
+	t.Helper()
+	r.armed.Store(true)
+	waitFor(t, "the answer to a write", r.deaf.Load)
+	if rand.IntN(2) == 0 { // else what else has got through is still under way
+		time.Sleep(rand.N(100 * time.Millisecond)) // how long this fault lasts: nobody waits for anything
+	}
+	r.reset()
+}
+
+// reset breaks all connections. Who was waiting for an answer gets none.
+func (r *lossyRelay) reset() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for from, to := range r.pairs {
+		from.(*net.TCPConn).SetLinger(0) // to close is to reset, then: socket(7)
+		from.Close()
+		to.Close()
+	}
+	clear(r.pairs)
+	r.deaf.Store(false)
+}
