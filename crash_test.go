@@ -52,8 +52,10 @@ func TestChaosCrash(t *testing.T) {
 	s := startService(t, testEnv(d.url(), "REQUEST_TIMEOUT=30s"))
 	s.waitReady()
 	l := startLoad(t, s.url, chaosConns)
+	var outage time.Duration // the longest
 	for range rounds {
 		l.wait(300 + rand.IntN(300))
+		killed := time.Now()
 		killDatabase(t, d)
 		d.stop() // tidies up; its error is that PostgreSQL was killed
 		url := d.url()
@@ -63,6 +65,7 @@ func TestChaosCrash(t *testing.T) {
 		if d.url() != url {
 			t.Fatalf("PostgreSQL is back at another address: %s, not %s", d.url(), url)
 		}
+		outage = max(outage, time.Since(killed))
 	}
 	l.wait(300)
 	db, err := sql.Open("postgres", d.url())
@@ -73,6 +76,7 @@ func TestChaosCrash(t *testing.T) {
 	o := l.stop(db)
 	o.faults = rounds
 	o.want(t, "kill -9 of the whole PostgreSQL")
+	t.Logf("PostgreSQL was away for up to %.2f s", outage.Seconds())
 }
 
 // killDatabase kills all processes of a PostgreSQL at once, and returns when its
