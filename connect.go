@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 	"net"
 	"sync/atomic"
@@ -23,6 +24,7 @@ type connector struct {
 	database pq.Config
 	limit    time.Duration // after which PostgreSQL ends a statement, and much sooner one that meets a lock; 0: it does not
 	patience time.Duration // after which a silent PostgreSQL is given up; 0: never
+	identify bool          // ask who serves a connection; behind a pooler it is always another one
 	// age is how often the connections had to be given up; those made before the
 	// last time are not used again.
 	age atomic.Int64
@@ -58,7 +60,41 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 			return nil, connectError{err}
 		}
 	}
-	return &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}, nil
+	cn := &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}
+	if c.identify {
+		if cn.backend, err = identify(ctx, cn); err != nil {
+			made.Close()
+			return nil, connectError{err}
+		}
+	}
+	return cn, nil
+}
+
+// A backend is the process of PostgreSQL that serves a connection. Process ids
+// come back; together with the time of its start it is the same one.
+type backend struct {
+	pid     int64
+	started string
+}
+
+// identify returns the backend of a connection.
+func identify(ctx context.Context, c driver.QueryerContext) (b backend, err error) {
+	rows, err := c.QueryContext(ctx, "SELECT pid, backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid()", nil)
+	if err != nil {
+		return b, err
+	}
+	defer rows.Close()
+	values := make([]driver.Value, 2)
+	if err := rows.Next(values); err != nil {
+		return b, err
+	}
+	var ok [2]bool
+	b.pid, ok[0] = values[0].(int64)
+	b.started, ok[1] = values[1].(string)
+	if !ok[0] || !ok[1] {
+		return b, fmt.Errorf("pg_stat_activity has %T, %T", values[0], values[1])
+	}
+	return b, nil
 }
 
 // pqConn is what database/sql makes use of in a connection of lib/pq.
@@ -80,6 +116,31 @@ type conn struct {
 	socket    net.Conn
 	connector *connector
 	age       int64
+	backend   backend // the zero backend where it is not known
+}
+
+// sentOnce is an argument with which a statement is sent once at most. Where a
+// connection breaks, database/sql repeats its statement on another one without a
+// word, whether or not it has been done.
+type sentOnce struct {
+	value any
+	to    **backend // who got it; nil: nobody so far
+}
+
+// errSentBefore is what a statement with a sentOnce meets the second time.
+var errSentBefore = errors.New("the connection broke before the answer came")
+
+// CheckNamedValue completes [driver.NamedValueChecker]: database/sql calls it for
+// each argument, just before it sends the statement.
+func (c *conn) CheckNamedValue(nv *driver.NamedValue) error {
+	if once, ok := nv.Value.(sentOnce); ok {
+		if *once.to != nil {
+			return errSentBefore
+		}
+		*once.to = &c.backend
+		nv.Value = once.value
+	}
+	return c.pqConn.CheckNamedValue(nv)
 }
 
 // ResetSession completes [driver.SessionResetter]: database/sql calls it before

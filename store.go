@@ -82,7 +82,7 @@ func openStore(cfg config, log *slog.Logger) *store {
 	}
 	// A statement ends after the time of a request; who has not answered even
 	// that soon after will not answer any more.
-	s.pool = &connector{database: database, limit: s.limit, patience: cfg.requestTimeout + 250*time.Millisecond}
+	s.pool = &connector{database: database, limit: s.limit, patience: cfg.requestTimeout + 250*time.Millisecond, identify: !s.unprepared}
 	s.db = sql.OpenDB(s.pool)
 	s.db.SetMaxOpenConns(cfg.dbMaxConns)
 	s.db.SetMaxIdleConns(cfg.dbMaxConns)
@@ -348,27 +348,34 @@ func (u *user) fields() []any { return []any{&u.ID, &u.Email, &u.Name, &u.Create
 // same: its connection broke, so that PostgreSQL could not say. The error is
 // translated.
 func (s *store) run(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (repeated bool, err error) {
-	args = slices.Clone(args)
-	first := args[0]
+	var sentTo *backend // who has a write of which nothing was heard since
+	write := !strings.HasPrefix(text, "SELECT")
+	if write {
+		args = slices.Clone(args)
+		args[0] = sentOnce{args[0], &sentTo}
+	}
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		age := s.pool.age.Load()
-		sent := 0
-		args[0] = counted{first, &sent}
-		err := s.runOnce(ctx, text, args, read)
-		repeated = repeated || sent > 1 // by database/sql, whose connection broke
+		err := s.end(ctx, sentTo)
 		if err == nil {
-			s.answered.Store(time.Now().UnixNano())
-			return repeated, nil
+			sentTo = nil
+			if err = s.runOnce(ctx, text, args, read); err == nil {
+				s.answered.Store(time.Now().UnixNano())
+				return repeated, nil
+			}
 		}
-		if pq.As(err, pqerror.LockNotAvailable) != nil && ctx.Err() == nil && !strings.HasPrefix(text, "SELECT") {
+		refused := pq.As(err)
+		if refused != nil && !refused.Fatal() {
+			sentTo = nil // PostgreSQL has undone it, and says so
+		}
+		repeated = repeated || sentTo != nil
+		if refused != nil && refused.Code == pqerror.LockNotAvailable && write && ctx.Err() == nil {
 			return repeated, rerun(repeated) // where it keeps nobody waiting: see [lockQueue]
 		}
 		if !passes(err) || ctx.Err() != nil {
 			return repeated, giveUp(ctx, err, repeated)
 		}
-		if refused := pq.As(err); refused == nil {
-			repeated = repeated || sent > 0
-		} else if refused.Code == pqerror.ReadOnlySQLTransaction {
+		if refused != nil && refused.Code == pqerror.ReadOnlySQLTransaction {
 			s.pool.age.CompareAndSwap(age, age+1) // this server is the wrong one by now: connect anew
 		}
 		wait := pause/2 + rand.N(pause) // unlike the others' who wait for the same
@@ -387,6 +394,27 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 	}
 }
 
+// end ends a backend whose connection broke, and waits until it has ended.
+// What was sent to it may still lie in a buffer on the way: once there is nobody
+// who could do it late, after what replaces it, it can be repeated.
+func (s *store) end(ctx context.Context, b *backend) error {
+	if b == nil || b.pid == 0 {
+		return nil
+	}
+	var ended bool
+	err := s.db.QueryRowContext(ctx, "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2",
+		b.pid, b.started).Scan(&ended)
+	switch {
+	case errors.Is(err, sql.ErrNoRows): // it has ended, or this is another server
+		return nil
+	case err == nil && !ended:
+		return errStillRuns
+	}
+	return err
+}
+
+var errStillRuns = errors.New("an earlier try still runs")
+
 // giveUp translates the error of the last try. If an earlier one may have gone
 // through, it no longer is the error of a statement that was not sent.
 func giveUp(ctx context.Context, err error, repeated bool) error {
@@ -395,20 +423,6 @@ func giveUp(ctx context.Context, err error, repeated bool) error {
 		f.cause = fmt.Errorf("after a try whose answer was lost: %v", f.cause) // and so no connectError
 	}
 	return err
-}
-
-// counted is an argument of a statement that counts how often the statement was
-// sent: database/sql asks for its value each time (and repeats a statement whose
-// connection breaks, without a word).
-type counted struct {
-	value any
-	times *int
-}
-
-// Value completes [driver.Valuer].
-func (c counted) Value() (driver.Value, error) {
-	*c.times++
-	return driver.DefaultParameterConverter.ConvertValue(c.value)
 }
 
 func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (err error) {
@@ -463,7 +477,7 @@ func translate(ctx context.Context, err error) error {
 	switch refused := pq.As(err); {
 	case ctx.Err() != nil: // whatever the driver made of it
 		return asFailure(fmt.Errorf("%w (%v)", ctx.Err(), err))
-	case pq.As(err, pqerror.QueryCanceled) != nil: // by statement_timeout
+	case pq.As(err, pqerror.QueryCanceled, pqerror.LockNotAvailable) != nil: // by statement_timeout, or after many times lock_timeout
 		return &failure{kind: kindTimeout, cause: err}
 	case pq.As(err, pqerror.DiskFull) != nil:
 		return &failure{kind: kindUnavailable, message: "The database has no space left", cause: err}
@@ -491,7 +505,7 @@ func passes(err error) bool {
 		}
 		return refused.Code.Class() == "08" // connection exception
 	}
-	if _, ok := errors.AsType[connectError](err); ok {
+	if _, ok := errors.AsType[connectError](err); ok || errors.Is(err, errSentBefore) || errors.Is(err, errStillRuns) {
 		return true
 	}
 	var netErr net.Error
