@@ -354,7 +354,7 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 		args = slices.Clone(args)
 		args[0] = sentOnce{args[0], &sentTo}
 	}
-	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		age := s.pool.age.Load()
 		err := s.end(ctx, sentTo)
 		if err == nil {
@@ -365,8 +365,8 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 			}
 		}
 		refused := pq.As(err)
-		if refused != nil && !refused.Fatal() {
-			sentTo = nil // PostgreSQL has undone it, and says so
+		if refused != nil && !refused.Fatal() && refused.Code.Class() != "08" {
+			sentTo = nil // PostgreSQL has undone it, and says so (a pooler that lost it says 08)
 		}
 		repeated = repeated || sentTo != nil
 		if refused != nil && refused.Code == pqerror.LockNotAvailable && write && ctx.Err() == nil {
