@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -136,4 +138,101 @@ func holdBack(t *testing.T, path, text string) (arrive func()) {
 			t.Fatalf("no message with %q was held back", text)
 		}
 	}
+}
+
+// A pooler loses its server after the statement was sent, and says so in words of
+// its own: the error that PgBouncer makes up, of class 08, is no word of
+// PostgreSQL's on what has become of the statement. It is an ERROR in older
+// versions, in newer ones FATAL, of which lib/pq makes a broken connection.
+func TestPoolerLosesServer(t *testing.T) {
+	t.Parallel()
+	for _, severity := range []string{"ERROR", "FATAL"} {
+		t.Run(severity, func(t *testing.T) {
+			t.Parallel()
+			testPoolerLosesServer(t, severity)
+		})
+	}
+}
+
+func testPoolerLosesServer(t *testing.T, severity string) {
+	databaseURL, _ := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-pooler-") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	lose := losingPooler(t, filepath.Join(dir, ".s.PGSQL.5432"), severity)
+	s := startService(t, testEnv(databaseURL+" host="+dir))
+	s.waitReady()
+	call := func(tag, method, path, body string, fields ...string) answer {
+		t.Helper()
+		lose.Store(tag)
+		a := s.call(method, path, body, fields...)
+		if lose.Load() != "" {
+			t.Fatalf("%s: no server was lost", method)
+		}
+		if a.status != 200 {
+			t.Errorf("%s, which was done: %d %s", method, a.status, a.body)
+		}
+		return a
+	}
+	created := call("INSERT 0 1", "POST", usersPath, `{"email":"a@example.com","name":"x"}`)
+	path, etag := created.header.Get("Location"), created.header.Get("ETag")
+	updated := call("UPDATE 1", "PUT", path, `{"name":"y"}`, "If-Match: "+etag)
+	if got := s.call("GET", path, ""); got.body != updated.body {
+		t.Errorf("answered %s\nstored   %s", updated.body, got.body)
+	}
+	call("DELETE 1", "DELETE", path, "")
+}
+
+// losingPooler passes what comes to the socket at path on to the test's
+// PostgreSQL. While lose holds a text, the first answer with that text in it is
+// replaced by what PgBouncer says when its server is gone, and lose is empty again.
+func losingPooler(t *testing.T, path, severity string) (lose *atomic.Value) {
+	t.Helper()
+	lose = new(atomic.Value)
+	lose.Store("")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	server := filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432")
+	go func() {
+		for {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("unix", server)
+			if err != nil {
+				from.Close()
+				continue
+			}
+			go func() {
+				defer to.Close()
+				io.Copy(to, from)
+			}()
+			go func() {
+				defer from.Close()
+				b := make([]byte, 1<<16)
+				for {
+					n, err := to.Read(b)
+					if err != nil {
+						return
+					}
+					text := lose.Load().(string)
+					if text != "" && bytes.Contains(b[:n], []byte(text)) && lose.CompareAndSwap(text, "") {
+						// An ErrorResponse (PostgreSQL's manual, section 55.7).
+						fields := "S" + severity + "\x00C08P01\x00Mserver conn crashed?\x00\x00"
+						from.Write(binary.BigEndian.AppendUint32([]byte("E"), uint32(4+len(fields))))
+						io.WriteString(from, fields)
+						return
+					}
+					from.Write(b[:n])
+				}
+			}()
+		}
+	}()
+	return lose
 }
