@@ -28,13 +28,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	code := m.Run()
-	printChaosTable(os.Stdout)
-	if postgres.started != nil {
-		postgres.started.stop()
-	}
-	os.RemoveAll(postgres.dir)
-	os.Exit(code)
+	os.Exit(runTests(m))
 }
 
 // postgres is the PostgreSQL of this test run, which the first to need it starts.
@@ -47,13 +41,13 @@ var postgres struct {
 
 func testDatabase(t testing.TB) *devDatabase {
 	t.Helper()
-	postgres.once.Do(func() {
+	postgres.once.Do(inBackground(func() {
 		if postgres.dir, postgres.err = os.MkdirTemp("", "rollcall-test-"); postgres.err == nil {
 			// The data is thrown away, so it need not survive a crash of the machine.
 			postgres.started, postgres.err = startDevDatabase(context.Background(), postgres.dir,
 				"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=400")
 		}
-	})
+	}))
 	if postgres.err != nil {
 		t.Fatal(postgres.err)
 	}
@@ -66,6 +60,7 @@ var schemas atomic.Int64
 // all tables there, with a pool for the test itself. Both go with the test.
 func newSchema(t testing.TB) (databaseURL string, db *sql.DB) {
 	t.Helper()
+	checkLeaks(t)
 	schema := fmt.Sprintf("test_%d", schemas.Add(1))
 	databaseURL = testDatabase(t).url() + " search_path=" + schema
 	db, err := sql.Open("postgres", databaseURL)
@@ -121,6 +116,7 @@ func newService(t testing.TB, env ...string) *service {
 // returns when it listens.
 func startService(t testing.TB, env map[string]string) *service {
 	t.Helper()
+	checkLeaks(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &service{t: t, log: new(syncBuffer), stop: cancel, done: make(chan error, 1)}
 	env = maps.Clone(env)

@@ -36,6 +36,7 @@ type process struct {
 // startProcess runs the program in dir with these variables and no others.
 func startProcess(t testing.TB, dir string, env map[string]string, args ...string) *process {
 	t.Helper()
+	checkLeaks(t)
 	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), stdout: new(syncBuffer), stderr: new(syncBuffer)}
 	p.cmd.Dir, p.cmd.Stdout, p.cmd.Stderr = dir, p.stdout, p.stderr
 	p.cmd.Env = []string{"ROLLCALL_TEST_MAIN=1", "PATH=" + os.Getenv("PATH")}
@@ -273,8 +274,11 @@ func TestTLSService(t *testing.T) {
 	if err := run(t.Context(), []string{"healthcheck"}, func(name string) string { return env[name] }, io.Discard, io.Discard); err != nil {
 		t.Errorf("healthcheck: %v", err)
 	}
-	if resp, err := http.Get("http://127.0.0.1:" + port + "/health"); err == nil && resp.StatusCode == 200 {
-		t.Error("a service with TLS answers without")
+	if resp, err := http.Get("http://127.0.0.1:" + port + "/health"); err == nil {
+		resp.Body.Close()
+		if resp.StatusCode == 200 {
+			t.Error("a service with TLS answers without")
+		}
 	}
 }
 

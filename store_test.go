@@ -346,6 +346,7 @@ func TestDatabaseNotThereYet(t *testing.T) {
 // its connection breaks instead, and cut is empty again.
 func relay(t *testing.T, path string) (cut *atomic.Value) {
 	t.Helper()
+	checkLeaks(t)
 	cut = new(atomic.Value)
 	cut.Store("")
 	listener, err := net.Listen("unix", path)
@@ -628,8 +629,8 @@ func TestStatementEndsAtTheDeadline(t *testing.T) {
 	defer cancel()
 	name := "late"
 	var f *failure
-	if _, err := s.updateAlone(ctx, userChange{id: u.ID, name: &name}, false); !errors.As(err, &f) || f.kind != kindTimeout || ctx.Err() == nil {
-		t.Errorf("updateAlone: %v", err)
+	if _, err := s.update(ctx, u.ID, nil, &name, preconditions{}); !errors.As(err, &f) || f.kind != kindTimeout || ctx.Err() == nil {
+		t.Errorf("update: %v", err)
 	}
 	waitFor(t, "the statement to end", func() bool {
 		var runs bool
