@@ -31,6 +31,7 @@ import (
 // make chaos, which runs one test after the other, else the short one, beside
 // the other tests.
 func chaosRounds(t *testing.T, full, short int) int {
+	checkLeaks(t) // before there is anything that it could leave behind
 	t.Helper()
 	if os.Getenv("ROLLCALL_CHAOS") != "" {
 		return full
