@@ -40,7 +40,8 @@ type config struct {
 
 	dbMaxConns      int           // connections to PostgreSQL, at most
 	requestTimeout  time.Duration // how long a request may take in all
-	shutdownTimeout time.Duration // how long running requests get to finish after a signal
+	shutdownTimeout time.Duration // how long running requests get to finish once nothing new is accepted
+	drainDelay      time.Duration // how long requests are still accepted after a signal; may be 0
 	maxBodyBytes    int64         // the largest request body
 	maxInFlight     int           // requests served at once; those beyond are refused
 
@@ -104,6 +105,8 @@ var variables = []variable{
 		set: func(c *config, v string) (err error) { c.requestTimeout, err = parseTime(v); return err }},
 	{name: "SHUTDOWN_TIMEOUT", byDefault: "20s", help: "how long running requests may go on after a stop signal",
 		set: func(c *config, v string) (err error) { c.shutdownTimeout, err = parseTime(v); return err }},
+	{name: "DRAIN_DELAY", byDefault: "0s", help: "how long new requests are still served after it, while not ready",
+		set: func(c *config, v string) (err error) { c.drainDelay, err = parseDelay(v); return err }},
 	{name: "MAX_BODY_BYTES", byDefault: "1048576", help: "largest body of a request",
 		set: func(c *config, v string) (err error) {
 			c.maxBodyBytes, err = parseNumber[int64](v, 1, 1<<30)
@@ -188,11 +191,11 @@ func (c config) listenAddr() string { return net.JoinHostPort(c.host, strconv.It
 // to log.
 func (c config) String() string {
 	return fmt.Sprintf("database=%q listen=%q auth_off=%t keys=%d issuer=%q audience=%q cors_origins=%q "+
-		"log_level=%s log_format=%s db_max_conns=%d request_timeout=%s shutdown_timeout=%s "+
+		"log_level=%s log_format=%s db_max_conns=%d request_timeout=%s shutdown_timeout=%s drain_delay=%s "+
 		"max_body_bytes=%d max_in_flight=%d tls_cert_file=%q tls_key_file=%q",
 		fmt.Sprintf("%s:%d/%s", c.database.Host, c.database.Port, c.database.Database),
 		c.listenAddr(), c.authOff, len(c.keys), c.issuer, c.audience, c.corsOrigins,
-		c.logLevel, c.logFormat, c.dbMaxConns, c.requestTimeout, c.shutdownTimeout,
+		c.logLevel, c.logFormat, c.dbMaxConns, c.requestTimeout, c.shutdownTimeout, c.drainDelay,
 		c.maxBodyBytes, c.maxInFlight, c.tlsCertFile, c.tlsKeyFile)
 }
 
@@ -256,13 +259,16 @@ func parseNumber[T int | int64](v string, low, high T) (T, error) {
 // maxTime is far beyond any use, and far below where sums of times overflow.
 const maxTime = 24 * time.Hour
 
-func parseTime(v string) (time.Duration, error) {
+func parseTime(v string) (time.Duration, error)  { return timeFrom(1, "above zero and", v) }
+func parseDelay(v string) (time.Duration, error) { return timeFrom(0, "from 0s", v) }
+
+func timeFrom(least time.Duration, bound, v string) (time.Duration, error) {
 	d, err := time.ParseDuration(v)
 	switch _, numberErr := strconv.ParseFloat(v, 64); {
 	case numberErr == nil:
 		return 0, fmt.Errorf("has no unit; it takes a time such as %q or %q", "10s", "1m30s")
-	case err != nil || d <= 0 || d > maxTime:
-		return 0, fmt.Errorf("is not a time above zero and up to 24h, such as %q or %q", "10s", "1m30s")
+	case err != nil || d < least || d > maxTime:
+		return 0, fmt.Errorf("is not a time %s up to 24h, such as %q or %q", bound, "10s", "1m30s")
 	}
 	return d, nil
 }

@@ -108,6 +108,9 @@ func TestConfigTakes(t *testing.T) {
 		{"REQUEST_TIMEOUT=24h", func(c config) any { return c.requestTimeout }, 24 * time.Hour},
 		{"SHUTDOWN_TIMEOUT=", func(c config) any { return c.shutdownTimeout }, 20 * time.Second},
 		{"SHUTDOWN_TIMEOUT=500ms", func(c config) any { return c.shutdownTimeout }, 500 * time.Millisecond},
+		{"DRAIN_DELAY=", func(c config) any { return c.drainDelay }, time.Duration(0)},
+		{"DRAIN_DELAY=0s", func(c config) any { return c.drainDelay }, time.Duration(0)},
+		{"DRAIN_DELAY=15s", func(c config) any { return c.drainDelay }, 15 * time.Second},
 		{"MAX_BODY_BYTES=", func(c config) any { return c.maxBodyBytes }, int64(1 << 20)},
 		{"MAX_BODY_BYTES=1", func(c config) any { return c.maxBodyBytes }, int64(1)},
 		{"MAX_BODY_BYTES=1073741824", func(c config) any { return c.maxBodyBytes }, int64(1 << 30)},
@@ -237,6 +240,9 @@ func TestConfigRefuses(t *testing.T) {
 		{"REQUEST_TIMEOUT=9999999999h", `REQUEST_TIMEOUT: "9999999999h"` + time},
 		{"SHUTDOWN_TIMEOUT=20", `SHUTDOWN_TIMEOUT: "20"` + noUnit},
 		{"SHUTDOWN_TIMEOUT=0s", `SHUTDOWN_TIMEOUT: "0s"` + time},
+		{"DRAIN_DELAY=0", `DRAIN_DELAY: "0"` + noUnit},
+		{"DRAIN_DELAY=-1s", `DRAIN_DELAY: "-1s" is not a time from 0s up to 24h, such as "10s" or "1m30s"`},
+		{"DRAIN_DELAY=25h", `DRAIN_DELAY: "25h" is not a time from 0s`},
 		{"MAX_BODY_BYTES=0", `MAX_BODY_BYTES: "0" is not a whole number from 1 to 1073741824`},
 		{"MAX_BODY_BYTES=1073741825", `MAX_BODY_BYTES: "1073741825" is not a whole number from 1 to 1073741824`},
 		{"MAX_BODY_BYTES=1MB", `MAX_BODY_BYTES: "1MB" is not a whole number from 1 to 1073741824`},
@@ -334,7 +340,7 @@ func TestVariablesHelp(t *testing.T) {
 	for name, byDefault := range map[string]string{
 		"DATABASE_URL": "-", "HOST": "0.0.0.0", "PORT": "3000", "AUTH": "jwt", "JWT_SECRET": "-", "JWT_PUBLIC_KEY_FILE": "-",
 		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
-		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s",
+		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s", "DRAIN_DELAY": "0s",
 		"MAX_BODY_BYTES": "1048576", "MAX_IN_FLIGHT": "1024", "ADMIN_ADDR": "-", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
 	} {
 		found := false

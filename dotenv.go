@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
@@ -18,8 +19,8 @@ const maxDotenv = 1 << 20
 
 // withDotenv returns a getenv that falls back on the file at path. The
 // environment wins, so that one run can differ from the file; an empty variable
-// there counts as unset. A missing file is fine, one that can't be used is an
-// error.
+// there counts as unset. What a service manager tells one process is never taken
+// from the file. A missing file is fine, one that can't be used is an error.
 func withDotenv(getenv func(string) string, path string) (func(string) string, error) {
 	data, err := readDotenv(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -33,7 +34,7 @@ func withDotenv(getenv func(string) string, path string) (func(string) string, e
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return func(name string) string {
-		if v := getenv(name); v != "" {
+		if v := getenv(name); v != "" || slices.Contains(managerVariables, name) {
 			return v
 		}
 		return values[name]

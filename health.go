@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"strconv"
@@ -78,11 +79,40 @@ func checkHealth(ctx context.Context, cfg config) error {
 	if cfg.tlsCertFile != "" {
 		scheme = "https"
 	}
-	url := scheme + "://" + net.JoinHostPort(host, strconv.Itoa(cfg.port)) + "/health/ready"
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	return askHere(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(cfg.port))+"/health/ready", nil)
+}
+
+// report tells the manager's watchdog that the service lives, as long as it answers
+// GET /health over its own socket: the accepting, a connection, the whole chain.
+// PostgreSQL is not asked, see [health.live]. Once the service is draining, the
+// socket may be another's already, and SHUTDOWN_TIMEOUT ends what is stuck.
+func (h *health) report(ctx context.Context, m manager, addr net.Addr, secure bool, log *slog.Logger) {
+	url := "http://rollcall/health"
+	if secure {
+		url = "https://rollcall/health"
+	}
+	check := func(ctx context.Context) error {
+		return askHere(ctx, url, func(ctx context.Context, _, _ string) (net.Conn, error) { return dialSelf(ctx, addr) })
+	}
+	watch(ctx, m.watchdog, check, func(err error) {
+		if err != nil {
+			log.Error("the service does not answer itself; its watchdog is not told that it lives", "error", err.Error())
+			return
+		}
+		m.tell(log, "WATCHDOG=1")
+	})
+}
+
+// askHere fails unless a URL of this host is answered with 200. A dial that is not
+// nil makes the connection, whatever host the URL names.
+func askHere(ctx context.Context, url string, dial func(ctx context.Context, network, addr string) (net.Conn, error)) error {
 	client := http.Client{
-		Timeout: 5 * time.Second,
 		Transport: &http.Transport{
-			Proxy: nil, // the service is on this host
+			Proxy:             nil, // the service is on this host
+			DialContext:       dial,
+			DisableKeepAlives: true,
 			// The certificate names the service, not the loopback address. Nothing
 			// secret is sent, and who could answer in its place has this host already.
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},

@@ -151,6 +151,7 @@ func newHandler(cfg config, s *store, h *health, log *slog.Logger) http.Handler 
 	}
 
 	root := cors(cfg.corsOrigins, split("/api/", guarded, exactPath(open)))
+	root = sayGoodbye(&h.draining, root)
 	return observe(log, recoverPanics(log, root))
 }
 
@@ -184,6 +185,10 @@ func otherMethods(allow string) handlerFunc {
 func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, stderr io.Writer) (err error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
+	manager, err := newManager(getenv)
+	if err != nil {
+		return usageError(err.Error())
+	}
 	var private *devDatabase
 	if dev {
 		if private, getenv, err = prepareDev(ctx, getenv, stderr); err != nil {
@@ -213,11 +218,16 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	// Listen first: a port that is taken is an error at once, and whoever
 	// connects from now on is served, if only to be told to wait.
-	listener, err := net.Listen("tcp", cfg.listenAddr())
-	if err != nil {
-		return err
+	listener, socket := manager.listener, "passed by the service manager"
+	if listener == nil {
+		if listener, err = net.Listen("tcp", cfg.listenAddr()); err != nil {
+			return err
+		}
+		socket = "own"
 	}
+	defer listener.Close()
 	h := &health{store: s}
+	var conns connections
 	server := &http.Server{
 		Handler:           newHandler(cfg, s, h, log),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -226,26 +236,49 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		IdleTimeout:       120 * time.Second,
 		MaxHeaderBytes:    32 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ConnState:         conns.track,
 
 		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
 	}
 	if cert != nil {
 		server.TLSConfig = &tls.Config{GetCertificate: cert.get}
 	}
-	log.Info("listening", "address", listener.Addr().String(), "tls", cert != nil, "version", buildVersion())
+	log.Info("listening", "address", listener.Addr().String(), "socket", socket, "tls", cert != nil, "version", buildVersion())
 	if cfg.authOff {
 		log.Warn("AUTH=off: the API is open to everybody who can reach this address")
 	}
-	ended := make(chan error, 2)
-	go func() { ended <- listen(server, listener) }()
+	failed := make(chan error, 2)
+	started := make(chan struct{}) // closed once the store is there
+	served := make(chan struct{})  // closed once no connection is accepted any more
+	go func() {
+		defer close(served)
+		if manager.listener != nil {
+			// Who connects meanwhile waits in the queue of the socket, as during all of a
+			// restart; but no longer than a request may take.
+			select {
+			case <-started:
+			case <-time.After(cfg.requestTimeout):
+			case <-ctx.Done(): // they are for our successor
+				return
+			}
+		}
+		if err := listen(server, listener); err != nil {
+			failed <- err
+		}
+	}()
 	go func() {
 		if err := s.start(ctx); err != nil {
 			if ctx.Err() == nil { // else it only did as it was told
-				ended <- err
+				failed <- err
 			}
 			return
 		}
+		close(started)
 		log.Info("ready")
+		manager.tell(log, "READY=1", "STATUS=serving on "+listener.Addr().String())
+		if manager.watchdog > 0 {
+			go h.report(ctx, manager, listener.Addr(), cert != nil, log)
+		}
 		if dev {
 			greet(stdout, cfg, listener.Addr(), private != nil)
 		}
@@ -256,7 +289,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		died = private.exited()
 	}
 	select {
-	case err := <-ended:
+	case err := <-failed:
 		server.Close()
 		return err
 	case <-died:
@@ -264,11 +297,22 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		return errors.New("the private PostgreSQL has ended; .dev/postgres.log tells why")
 	case <-ctx.Done():
 	}
-	log.Info("stopping", "cause", context.Cause(ctx).Error(), "patience", cfg.shutdownTimeout.String())
+	log.Info("stopping", "cause", context.Cause(ctx).Error(), "delay", cfg.drainDelay.String(), "patience", cfg.shutdownTimeout.String())
 	h.draining.Store(true)
+	idleUntil := time.Now().Add(min(lastCall, cfg.shutdownTimeout/2))
+	manager.tell(log, "STOPPING=1", "STATUS=finishing what runs", fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d",
+		(cfg.drainDelay+cfg.shutdownTimeout+5*time.Second).Microseconds()))
+	if s.started.Load() { // else nobody has been told that it may send requests
+		select {
+		case <-time.After(cfg.drainDelay):
+		case <-served:
+		}
+	}
+	listener.Close()
+	<-served
 	patience, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
 	defer cancel()
-	if err := server.Shutdown(patience); err != nil {
+	if err := conns.drain(patience, server, idleUntil); err != nil {
 		server.Close()
 		return fmt.Errorf("requests were cut off after SHUTDOWN_TIMEOUT (%v)", cfg.shutdownTimeout)
 	}
@@ -284,7 +328,7 @@ func listen(server *http.Server, listener net.Listener) error {
 	} else {
 		err = server.Serve(listener)
 	}
-	if errors.Is(err, http.ErrServerClosed) {
+	if errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
 		return nil
 	}
 	return err

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 )
@@ -21,6 +22,7 @@ import (
 //
 //	observe        first, so that every answer has an id and a line in the log
 //	recoverPanics  inside observe, which logs the 500; around all that may panic
+//	sayGoodbye     around all others, since any answer may be the last of a connection
 //	cors           outside auth and mux, or a preflight would be a 401 or a 405
 //
 // then, for the API alone, since health must answer whatever happens:
@@ -40,31 +42,42 @@ import (
 // log. It is the http.ResponseWriter of all layers below observe.
 type exchange struct {
 	http.ResponseWriter
-	status   int    // 0 until it has been written
-	bytes    int64  // of the answer's body
-	bodyRead bool   // the request's body has been read to its end
-	id       string // X-Request-Id
-	traceID  string // of a W3C traceparent; empty without one
-	caller          // whose token it came with
-	cause    error  // what went wrong, where the answer does not tell
+	status   int          // 0 until it has been written
+	bytes    int64        // of the answer's body
+	bodyRead bool         // the request's body has been read to its end
+	id       string       // X-Request-Id
+	traceID  string       // of a W3C traceparent; empty without one
+	caller                // whose token it came with
+	cause    error        // what went wrong, where the answer does not tell
+	draining *atomic.Bool // the service is to stop, so each connection ends with its next answer; may be nil
 }
 
 func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
 
 func (x *exchange) WriteHeader(status int) {
 	if x.status == 0 && status >= 200 { // the 1xx are not the answer yet
-		x.status = status
+		x.begin(status)
 	}
 	x.ResponseWriter.WriteHeader(status)
 }
 
 func (x *exchange) Write(p []byte) (int, error) {
 	if x.status == 0 {
-		x.status = http.StatusOK
+		x.begin(http.StatusOK)
 	}
 	n, err := x.ResponseWriter.Write(p)
 	x.bytes += int64(n)
 	return n, err
+}
+
+// begin notes the status, just before the head of the answer goes out. That is the
+// moment to see whether the service is to stop: it may have begun while the
+// request was being served.
+func (x *exchange) begin(status int) {
+	x.status = status
+	if x.draining != nil && x.draining.Load() {
+		x.Header()["Connection"] = closing
+	}
 }
 
 // exchangeOf returns the exchange that w is or wraps. Where there is none, what
@@ -91,6 +104,7 @@ var (
 	anybody  = []string{"*"}
 	exposed  = []string{"ETag, Link, Location, Retry-After, X-Request-Id"}
 	jsonType = []string{"application/json"}
+	closing  = []string{"close"}
 )
 
 // observe gives each request an id, and a line in the log when it is over.
@@ -235,6 +249,15 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 			}
 			writeError(w, r, fmt.Errorf("panic: %v", v))
 		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// sayGoodbye has the answers end their connections once the service is draining:
+// drain.go says why.
+func sayGoodbye(draining *atomic.Bool, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		exchangeOf(w).draining = draining
 		next.ServeHTTP(w, r)
 	})
 }
