@@ -86,8 +86,8 @@ func checkHealth(ctx context.Context, cfg config) error {
 
 // report tells the manager's watchdog that the service lives, as long as it answers
 // GET /health over its own socket: the accepting, a connection, the whole chain.
-// PostgreSQL is not asked, see [health.live]. Once the service is draining, the
-// socket may be another's already, and SHUTDOWN_TIMEOUT ends what is stuck.
+// PostgreSQL is not asked, see [health.live]. It ends with ctx: a manager that was
+// told STOPPING=1 expects nothing more, and SHUTDOWN_TIMEOUT ends what is stuck.
 func (h *health) report(ctx context.Context, m manager, addr net.Addr, secure bool, log *slog.Logger) {
 	url := "http://rollcall/health"
 	if secure {

@@ -36,6 +36,14 @@ type process struct {
 // startProcess runs the program in dir with these variables and no others.
 func startProcess(t testing.TB, dir string, env map[string]string, args ...string) *process {
 	t.Helper()
+	p := newProcess(t, dir, env, args...)
+	p.start()
+	return p
+}
+
+// newProcess is startProcess without the start.
+func newProcess(t testing.TB, dir string, env map[string]string, args ...string) *process {
+	t.Helper()
 	checkLeaks(t)
 	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), stdout: new(syncBuffer), stderr: new(syncBuffer)}
 	p.cmd.Dir, p.cmd.Stdout, p.cmd.Stderr = dir, p.stdout, p.stderr
@@ -43,19 +51,24 @@ func startProcess(t testing.TB, dir string, env map[string]string, args ...strin
 	for name, value := range env {
 		p.cmd.Env = append(p.cmd.Env, name+"="+value)
 	}
+	return p
+}
+
+// start starts the process, which ends with the test at the latest.
+func (p *process) start() {
+	p.t.Helper()
 	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	p.t.Cleanup(func() {
 		if p.cmd.ProcessState == nil {
 			p.cmd.Process.Kill()
 			p.cmd.Wait()
 		}
-		if t.Failed() {
-			t.Logf("stdout:\n%s\nstderr:\n%s", p.stdout, p.stderr)
+		if p.t.Failed() {
+			p.t.Logf("stdout:\n%s\nstderr:\n%s", p.stdout, p.stderr)
 		}
 	})
-	return p
 }
 
 // exit waits for the end and returns the exit code.
