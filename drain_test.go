@@ -2,11 +2,14 @@ package main
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -244,4 +247,135 @@ func (c *rawClient) do(method, path, body string, wait time.Duration) (resp *htt
 		return nil, fmt.Errorf("%s: %w", method, err)
 	}
 	return resp, nil
+}
+
+// During DRAIN_DELAY, load balancers are told to send no more, by an answer on a
+// connection that they make for it, and whatever they still send is served.
+func TestDrainDelay(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, "DRAIN_DELAY=1h"))
+	p.waitReady()
+	address := strings.TrimPrefix(p.url, "http://")
+	ask := func(c *rawClient, method, path, body string) (status int, last bool) {
+		t.Helper()
+		resp, err := c.do(method, path, body, time.Millisecond)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode, resp.Close
+	}
+	idle := &rawClient{address: address}
+	if status, last := ask(idle, "GET", usersPath, ""); status != 200 || last {
+		t.Fatalf("before the signal: %d, last: %t", status, last)
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	waitFor(t, "readiness to say no", func() bool {
+		status, _ := ask(&rawClient{address: address}, "GET", "/health/ready", "")
+		return status == 503
+	})
+	for _, c := range []struct {
+		name string
+		*rawClient
+	}{{"a new connection", &rawClient{address: address}}, {"a connection from before", idle}} {
+		conn := c.conn
+		if status, last := ask(c.rawClient, "POST", usersPath, fmt.Sprintf(`{"email":"%p@example.com","name":"U"}`, c.rawClient)); status != 200 || !last {
+			t.Errorf("on %s: %d, last: %t", c.name, status, last)
+		}
+		if conn != nil && conn != c.conn {
+			t.Errorf("%s had been closed", c.name)
+		}
+	}
+	if status, _ := ask(&rawClient{address: address}, "GET", "/health", ""); status != 200 {
+		t.Errorf("liveness: %d", status)
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.exit(); code != 1 {
+		t.Errorf("exit code %d after a second signal", code)
+	}
+}
+
+func TestDrainDelayEnds(t *testing.T) {
+	t.Parallel()
+	databaseURL, _ := newSchema(t)
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, "DRAIN_DELAY=300ms"))
+	p.waitReady()
+	begun := time.Now()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.exit(); code != 0 || time.Since(begun) < 300*time.Millisecond {
+		t.Errorf("exit code %d after %v", code, time.Since(begun))
+	}
+}
+
+// The stop begins while a request is being served: its answer, too, says that it
+// is the last one of the connection, however it comes about.
+func TestLastAnswerOfConnection(t *testing.T) {
+	t.Parallel()
+	for name, handler := range map[string]http.HandlerFunc{
+		"a body":       func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "OK") },
+		"a status":     func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNoContent) },
+		"both":         func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(404); io.WriteString(w, "no") },
+		"first a hint": func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(103); w.WriteHeader(200) },
+		"a panic":      func(w http.ResponseWriter, r *http.Request) { panic("oh") },
+		"compressed":   compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 4096)) })).ServeHTTP,
+	} {
+		t.Run(name, func(t *testing.T) {
+			var draining atomic.Bool
+			log := slog.New(slog.DiscardHandler)
+			server := httptest.NewServer(observe(log, recoverPanics(log, sayGoodbye(&draining, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				draining.Store(r.URL.Path == "/stop")
+				handler(w, r)
+			})))))
+			defer server.Close()
+			c := &rawClient{address: server.Listener.Addr().String()}
+			for _, path := range []string{"/", "/stop"} {
+				resp, err := c.do("GET", path, "", 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if resp.StatusCode == 103 { // http.ReadResponse takes it for the answer
+					if resp, err = http.ReadResponse(c.r, nil); err != nil {
+						t.Fatal(err)
+					}
+				}
+				io.Copy(io.Discard, resp.Body)
+				if resp.Close != (path == "/stop") {
+					t.Errorf("%s: the last answer: %t", path, resp.Close)
+				}
+			}
+			c.conn.Close()
+		})
+	}
+}
+
+// HTTP/2 has a goodbye of its own (RFC 9113, section 6.8).
+func TestStopHTTP2(t *testing.T) {
+	t.Parallel()
+	certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
+	databaseURL, _ := newSchema(t)
+	s := startService(t, testEnv(databaseURL, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile))
+	s.waitReady()
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
+	defer transport.CloseIdleConnections()
+	resp, err := (&http.Client{Transport: transport, Timeout: patience}).Get(s.url + usersPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	if resp.ProtoMajor != 2 || resp.StatusCode != 200 {
+		t.Errorf("got %s %s", resp.Proto, resp.Status)
+	}
+	s.stop()
+	select {
+	case err := <-s.done:
+		s.done <- err
+		if err != nil {
+			t.Errorf("the stop: %v", err)
+		}
+	case <-time.After(patience):
+		t.Error("the service does not stop")
+	}
 }
