@@ -125,6 +125,7 @@ func startService(t testing.TB, env map[string]string) *service {
 	}()
 	t.Cleanup(func() {
 		cancel()
+		client.CloseIdleConnections() // else the service waits whether they bring a last request
 		select {
 		case <-s.done:
 		case <-time.After(patience):

@@ -42,14 +42,15 @@ import (
 // log. It is the http.ResponseWriter of all layers below observe.
 type exchange struct {
 	http.ResponseWriter
-	status   int          // 0 until it has been written
-	bytes    int64        // of the answer's body
-	bodyRead bool         // the request's body has been read to its end
-	id       string       // X-Request-Id
-	traceID  string       // of a W3C traceparent; empty without one
-	caller                // whose token it came with
-	cause    error        // what went wrong, where the answer does not tell
-	draining *atomic.Bool // the service is to stop, so each connection ends with its next answer; may be nil
+	status   int    // 0 until it has been written
+	bytes    int64  // of the answer's body
+	bodyRead bool   // the request's body has been read to its end
+	id       string // X-Request-Id
+	traceID  string // of a W3C traceparent; empty without one
+	caller          // whose token it came with
+	cause    error  // what went wrong, where the answer does not tell
+
+	draining *atomic.Bool // once true, this is the last answer of its connection; may be nil
 }
 
 func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
