@@ -2,10 +2,11 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"net"
 	"net/http"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -21,13 +22,14 @@ import (
 //  2. The listener is closed, after DRAIN_DELAY. When Serve has returned, every
 //     connection that was accepted is known.
 //  3. Idle connections get until lastCall to bring a request, and to be told.
-//  4. Keep-alive is switched off, which closes the idle connections and drops no
-//     request that was read.
+//  4. Those that are still idle are closed. (SetKeepAlivesEnabled would do it as
+//     well, but to net/http a connection is idle until the head of a request has
+//     been parsed: here, one on which a byte has arrived is not.)
 //  5. When the last request has been answered, Shutdown finds nothing to break.
-//     (HTTP/2 is what it does right: it says GOAWAY and waits.)
+//     HTTP/2 is what it does right: it says GOAWAY and waits.
 //
 // What remains is what HTTP/1.1 leaves open (RFC 9112, section 9.5): a client that
-// was silent all that time and sends a request just when its idle connection is
+// was silent all that time, and whose request is on its way when its connection is
 // closed. It gets no byte of an answer, and nothing of the request was done.
 
 // lastCall is how long after the signal an idle connection stays open. It is a few
@@ -37,58 +39,111 @@ const lastCall = 250 * time.Millisecond
 
 // connections knows the state of each connection of a server.
 type connections struct {
-	states sync.Map // of net.Conn to *atomic.Int32, an http.ConnState
+	all sync.Map // of net.Conn to *connection
+}
+
+type connection struct {
+	mu       sync.Mutex
+	state    http.ConnState
+	http2    bool
+	deadline time.Duration // what a request has to be read in, if hangUp has cut that short; else 0
 }
 
 // track is the ConnState of an [http.Server].
 func (c *connections) track(conn net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateNew:
-		c.states.Store(conn, new(atomic.Int32)) // StateNew is 0
+		c.all.Store(conn, &connection{state: state})
 	case http.StateHijacked, http.StateClosed:
-		c.states.Delete(conn)
+		c.all.Delete(conn)
 	default:
-		if s, ok := c.states.Load(conn); ok {
-			s.(*atomic.Int32).Store(int32(state))
+		if v, ok := c.all.Load(conn); ok {
+			v.(*connection).enter(conn, state)
 		}
 	}
 }
 
-// count returns how many connections are busy with a request, or may bring their
-// first one any moment, and how many are idle.
-func (c *connections) count() (busy, idle int) {
-	for _, s := range c.states.Range {
-		if http.ConnState(s.(*atomic.Int32).Load()) == http.StateIdle {
-			idle++
-		} else {
-			busy++
+func (c *connection) enter(conn net.Conn, state http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t, ok := conn.(*tls.Conn); ok && c.state == http.StateNew { // the handshake is over
+		c.http2 = t.ConnectionState().NegotiatedProtocol == "h2"
+	}
+	c.state = state
+	if c.deadline > 0 { // a request was there first: it is served all the same
+		conn.SetReadDeadline(time.Now().Add(c.deadline))
+		c.deadline = 0
+	}
+}
+
+// hangUp has the server give up waiting for a request on a connection, if it is
+// idle and no byte of one is there. A deadline does that, and no harm to a request
+// that is being read: the server sets the deadlines of its own when it begins to,
+// and enter restores the last one of them.
+func (c *connection) hangUp(conn net.Conn, readTimeout time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state == http.StateIdle && !unread(conn) {
+		c.deadline = readTimeout
+		conn.SetReadDeadline(time.Unix(1, 0)) // long ago
+	}
+}
+
+// unread reports whether bytes have arrived that nobody has read.
+func unread(conn net.Conn) bool {
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn()
+	}
+	s, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return false
+	}
+	n := 0
+	raw.Control(func(fd uintptr) { // which does not block: Go never lets it
+		n, _, _ = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
+	})
+	return n > 0
+}
+
+// open returns the connections of HTTP/1.
+func (c *connections) open() map[net.Conn]*connection {
+	conns := make(map[net.Conn]*connection)
+	for key, value := range c.all.Range {
+		state := value.(*connection)
+		state.mu.Lock()
+		http2 := state.http2
+		state.mu.Unlock()
+		if !http2 {
+			conns[key.(net.Conn)] = state
 		}
 	}
-	return busy, idle
+	return conns
 }
 
 // drain lets the requests of a server finish, from step 3 on: Serve has returned.
 // Idle connections stay open until idleUntil. The error is that of ctx, if it ends
 // before all is done.
 func (c *connections) drain(ctx context.Context, server *http.Server, idleUntil time.Time) error {
-	await := func(condition func() bool) error {
-		tick := time.NewTicker(2 * time.Millisecond)
-		defer tick.Stop()
-		for !condition() {
-			select {
-			case <-tick.C:
-			case <-ctx.Done():
-				return ctx.Err()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		open := c.open()
+		if len(open) == 0 {
+			return server.Shutdown(ctx)
+		}
+		if time.Now().After(idleUntil) {
+			for conn, state := range open {
+				state.hangUp(conn, server.ReadTimeout)
 			}
 		}
-		return nil
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
-	if err := await(func() bool { _, idle := c.count(); return idle == 0 || time.Now().After(idleUntil) }); err != nil {
-		return err
-	}
-	server.SetKeepAlivesEnabled(false)
-	if err := await(func() bool { busy, _ := c.count(); return busy == 0 }); err != nil {
-		return err
-	}
-	return server.Shutdown(ctx)
 }
