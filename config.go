@@ -103,9 +103,9 @@ var variables = []variable{
 		set: func(c *config, v string) (err error) { c.dbMaxConns, err = parseNumber(v, 1, 10_000); return err }},
 	{name: "REQUEST_TIMEOUT", byDefault: "10s", help: "how long a request may take",
 		set: func(c *config, v string) (err error) { c.requestTimeout, err = parseTime(v); return err }},
-	{name: "SHUTDOWN_TIMEOUT", byDefault: "20s", help: "how long running requests may go on after a stop signal",
+	{name: "SHUTDOWN_TIMEOUT", byDefault: "20s", help: "how long running requests may go on once nothing new is accepted",
 		set: func(c *config, v string) (err error) { c.shutdownTimeout, err = parseTime(v); return err }},
-	{name: "DRAIN_DELAY", byDefault: "0s", help: "how long new requests are still served after it, while not ready",
+	{name: "DRAIN_DELAY", byDefault: "0s", help: "how long new requests are still served after a stop signal",
 		set: func(c *config, v string) (err error) { c.drainDelay, err = parseDelay(v); return err }},
 	{name: "MAX_BODY_BYTES", byDefault: "1048576", help: "largest body of a request",
 		set: func(c *config, v string) (err error) {

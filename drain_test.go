@@ -350,6 +350,98 @@ func TestLastAnswerOfConnection(t *testing.T) {
 	}
 }
 
+// The server gives up waiting on idle connections, but on none whose request is
+// there, be it in the kernel or half read.
+func TestHangUp(t *testing.T) {
+	t.Parallel()
+	t.Run("plain", func(t *testing.T) { testHangUp(t, false) })
+	t.Run("TLS", func(t *testing.T) { testHangUp(t, true) })
+}
+
+func testHangUp(t *testing.T, secure bool) {
+	var conns connections
+	entered, goOn := make(chan struct{}, 1), make(chan struct{})
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == "POST" {
+			entered <- struct{}{}
+			<-goOn
+			if _, err := io.ReadAll(r.Body); err != nil {
+				w.WriteHeader(500)
+			}
+		}
+	}))
+	server.Config.ConnState = conns.track
+	dial := net.Dial
+	if secure {
+		server.StartTLS()
+		dial = func(network, address string) (net.Conn, error) {
+			return tls.Dial(network, address, &tls.Config{InsecureSkipVerify: true})
+		}
+	} else {
+		server.Start()
+	}
+	defer server.Close()
+	the := func(state http.ConnState) (net.Conn, *connection) {
+		var conn net.Conn
+		var c *connection
+		waitFor(t, "the connection to be "+state.String(), func() bool {
+			open := conns.open()
+			for conn, c = range open {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				return len(open) == 1 && c.state == state
+			}
+			return false
+		})
+		return conn, c
+	}
+
+	client, err := dial("tcp", server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	client.SetDeadline(time.Now().Add(patience))
+	r := bufio.NewReader(client)
+	fmt.Fprint(client, "POST / HTTP/1.1\r\nHost: rollcall\r\nContent-Length: 4\r\n\r\n")
+	<-entered
+	conn, c := the(http.StateActive)
+
+	// What can't be arranged from outside: a request that is found just when the
+	// connection, which is idle for a moment more, is given up.
+	c.state = http.StateIdle
+	c.hangUp(conn, patience)
+	if c.deadline == 0 {
+		t.Fatal("the connection was not given up")
+	}
+	c.enter(conn, http.StateActive)
+	fmt.Fprint(client, "body")
+	waitFor(t, "the body to arrive", func() bool { return unread(conn) })
+	c.state = http.StateIdle // and one whose bytes nobody has read yet
+	c.hangUp(conn, patience)
+	if c.deadline != 0 {
+		t.Error("given up in spite of what has arrived")
+	}
+	c.state = http.StateActive
+	c.hangUp(conn, patience)
+	if c.deadline != 0 {
+		t.Error("given up in the middle of a request")
+	}
+	close(goOn)
+	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("the request: %v, %v", resp, err)
+	}
+
+	conn, c = the(http.StateIdle)
+	waitFor(t, "the idle connection to be closed", func() bool {
+		c.hangUp(conn, patience) // again: the server may have set its own deadline just then
+		return len(conns.open()) == 0
+	})
+	if _, err := r.ReadByte(); err != io.EOF {
+		t.Errorf("the client reads %v", err)
+	}
+}
+
 // HTTP/2 has a goodbye of its own (RFC 9113, section 6.8).
 func TestStopHTTP2(t *testing.T) {
 	t.Parallel()
