@@ -24,9 +24,9 @@ import (
 // and hears from each process when it is ready.
 func TestRestarts(t *testing.T) {
 	t.Parallel()
-	restarts := 5
+	restarts, delay := 5, "500ms" // that of the unit: a machine that stood still for lastCall fails nobody
 	if os.Getenv("ROLLCALL_CHAOS") != "" {
-		restarts = 20
+		restarts, delay = 20, "0s" // the hardest
 	}
 	for _, mode := range []struct {
 		name    string
@@ -36,7 +36,7 @@ func TestRestarts(t *testing.T) {
 			databaseURL, db := newSchema(t)
 			listener, socket := newListener(t)
 			start := func() *process {
-				p, heard := newManagedProcess(t, socket, testEnv(databaseURL))
+				p, heard := newManagedProcess(t, socket, testEnv(databaseURL, "DRAIN_DELAY="+delay))
 				p.start()
 				heard.wait("READY=1")
 				return p
