@@ -22,11 +22,10 @@ import (
 // The program is replaced under load, 5 times over, or 20 with ROLLCALL_CHAOS: no
 // request fails. The test is the service manager: it holds the listening socket,
 // and hears from each process when it is ready.
-func TestRestarts(t *testing.T) {
-	t.Parallel()
-	restarts, delay := 5, "500ms" // that of the unit: a machine that stood still for lastCall fails nobody
+func TestChaosReplace(t *testing.T) {
+	restarts, delay := chaosRounds(t, 20, 5), "500ms" // that of the unit: a machine that stood still for lastCall fails nobody
 	if os.Getenv("ROLLCALL_CHAOS") != "" {
-		restarts, delay = 20, "0s" // the hardest
+		delay = "0s" // the hardest
 	}
 	for _, mode := range []struct {
 		name    string
@@ -48,10 +47,10 @@ func TestRestarts(t *testing.T) {
 				}
 			}
 			p := start()
-			load := startLoad(t, listener.Addr().String())
+			crowd := startCrowd(t, listener.Addr().String())
 			for range restarts {
-				enough := load.answered.Load() + 200
-				waitFor(t, "200 more answers", func() bool { return load.answered.Load() >= enough })
+				enough := crowd.answered.Load() + 200
+				waitFor(t, "200 more answers", func() bool { return crowd.answered.Load() >= enough })
 				before := p
 				if mode.overlap {
 					p = start()
@@ -61,19 +60,21 @@ func TestRestarts(t *testing.T) {
 					p = start()
 				}
 			}
-			load.end()
+			crowd.end()
 			var users int64
 			if err := db.QueryRow("SELECT count(*) FROM users").Scan(&users); err != nil {
 				t.Fatal(err)
 			}
-			t.Logf("%d restarts, %d requests, %d failed, %d lost or doubled, worst wait %v", restarts,
-				load.answered.Load()+load.failed.Load(), load.failed.Load(), users-load.created.Load(), time.Duration(load.worst.Load()))
-			if load.failed.Load() > 0 {
-				t.Errorf("failed requests, such as\n%s", strings.Join(load.failures, "\n"))
-			}
-			if users != load.created.Load() {
-				t.Errorf("%d creates were answered with 200, and there are %d users", load.created.Load(), users)
-			}
+			created := crowd.created.Load()
+			outcome{
+				faults:   restarts,
+				requests: int(crowd.answered.Load() + crowd.failed.Load()),
+				failed:   int(crowd.failed.Load()),
+				lost:     int(max(0, created-users)),
+				doubled:  int(max(0, users-created)),
+				worst:    time.Duration(crowd.worst.Load()),
+				details:  crowd.failures,
+			}.want(t, "the program replaced, "+mode.name)
 			stop(p)
 		})
 	}
@@ -95,11 +96,11 @@ func newListener(t testing.TB) (net.Listener, *os.File) {
 	return listener, socket
 }
 
-// A load is clients of three kinds that create and list users until its end: some
+// A crowd is clients of three kinds that create and list users until its end: some
 // keep their connection and never repeat a request, some are net/http's, which
 // repeats a GET, but no POST, whose connection it finds dead, and some connect
 // anew for each request.
-type load struct {
+type crowd struct {
 	t       testing.TB
 	address string
 	done    chan struct{}
@@ -113,8 +114,8 @@ type load struct {
 	failures []string // the first few
 }
 
-func startLoad(t testing.TB, address string) *load {
-	l := &load{t: t, address: address, done: make(chan struct{})}
+func startCrowd(t testing.TB, address string) *crowd {
+	l := &crowd{t: t, address: address, done: make(chan struct{})}
 	for range 5 {
 		transport := &http.Transport{}
 		t.Cleanup(transport.CloseIdleConnections)
@@ -146,13 +147,13 @@ func startLoad(t testing.TB, address string) *load {
 }
 
 // end stops the clients; each request that has begun is answered first.
-func (l *load) end() {
+func (l *crowd) end() {
 	close(l.done)
 	l.clients.Wait()
 }
 
 // request returns what to ask next: three reads to a write.
-func (l *load) request() (method, path, body string) {
+func (l *crowd) request() (method, path, body string) {
 	if rand.N(4) > 0 {
 		return "GET", usersPath + "?limit=2", ""
 	}
@@ -160,7 +161,7 @@ func (l *load) request() (method, path, body string) {
 }
 
 // answer counts an answer.
-func (l *load) answer(method string, resp *http.Response, begun time.Time) error {
+func (l *crowd) answer(method string, resp *http.Response, begun time.Time) error {
 	body, err := io.ReadAll(resp.Body)
 	resp.Body.Close()
 	if err != nil || resp.StatusCode != 200 {
@@ -176,7 +177,7 @@ func (l *load) answer(method string, resp *http.Response, begun time.Time) error
 }
 
 // netHTTPTurn returns what makes a request with a client of net/http.
-func (l *load) netHTTPTurn(client *http.Client) func() error {
+func (l *crowd) netHTTPTurn(client *http.Client) func() error {
 	return func() error {
 		method, path, body := l.request()
 		req, err := http.NewRequest(method, "http://"+l.address+path, strings.NewReader(body))
@@ -204,7 +205,7 @@ type rawClient struct {
 }
 
 // newTurn returns what makes a request; the connection is used again unless anew.
-func (c *rawClient) newTurn(l *load, anew bool) func() error {
+func (c *rawClient) newTurn(l *crowd, anew bool) func() error {
 	return func() error {
 		method, path, body := l.request()
 		begun := time.Now()
