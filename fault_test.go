@@ -353,6 +353,7 @@ func TestConnectionsUsedUp(t *testing.T) {
 		c, err := others.Conn(context.Background())
 		if err == nil {
 			held = append(held, c)
+			t.Cleanup(func() { c.Close() })
 			continue
 		}
 		if pq.As(err, pqerror.TooManyConnections) == nil || len(held) == 0 {
