@@ -178,7 +178,8 @@ func skipValue(data []byte, i int) int {
 
 // readJSON returns the body of r, which must announce itself as JSON. The
 // failures are those of the media type, the length, and of a body that does
-// not arrive by the deadline of the request.
+// not arrive by the deadline of the request. With the body read, the request
+// takes its place in flight, or fails: see limitInFlight.
 func readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if !isJSON(r.Header["Content-Type"]) {
 		return nil, &failure{kind: kindMediaType, header: http.Header{"Accept": {"application/json"}}}
@@ -214,7 +215,7 @@ func readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	case len(body) == 0:
 		return nil, &failure{kind: kindMalformed, message: "The body is empty: a JSON object is expected"}
 	}
-	return body, nil
+	return body, exchangeOf(w).enter()
 }
 
 // isJSON reports whether a Content-Type field is application/json or a type

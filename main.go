@@ -235,6 +235,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the answer
 		IdleTimeout:       120 * time.Second,
 		MaxHeaderBytes:    32 << 10,
+		ConnState:         newConnections(2*cfg.dbMaxConns+64, log).changed, // a connection that is cancelled takes two
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ConnState:         conns.track,
 

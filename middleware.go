@@ -50,7 +50,32 @@ type exchange struct {
 	caller          // whose token it came with
 	cause    error  // what went wrong, where the answer does not tell
 
-	draining *atomic.Bool // once true, this is the last answer of its connection; may be nil
+	draining *atomic.Bool  // once true, this is the last answer of its connection; may be nil
+	places   chan struct{} // those in flight, for enter; nil: there is no limit
+	inside   bool          // it holds one of them
+	writing  *budget       // of all large answers; nil: there is no limit
+}
+
+// enter takes a place among the requests in flight, or fails when there is none.
+func (x *exchange) enter() error {
+	if x.places == nil || x.inside {
+		return nil
+	}
+	select {
+	case x.places <- struct{}{}:
+		x.inside = true
+		return nil
+	default:
+		return &failure{kind: kindUnavailable, message: "Too many requests are being served"}
+	}
+}
+
+// leave gives the place back, if there is one.
+func (x *exchange) leave() {
+	if x.inside {
+		x.inside = false
+		<-x.places
+	}
 }
 
 func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
@@ -66,8 +91,18 @@ func (x *exchange) Write(p []byte) (int, error) {
 	if x.status == 0 {
 		x.begin(http.StatusOK)
 	}
+	x.leave() // the work is done; how long the caller reads is its own affair
+	if len(p) > smallBytes && x.writing != nil {
+		giveBack := x.writing.take(int64(len(p)), func() {
+			http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
+		})
+		defer giveBack()
+	}
 	n, err := x.ResponseWriter.Write(p)
 	x.bytes += int64(n)
+	if err != nil && x.cause == nil {
+		x.cause = err // a caller who left, or was too slow
+	}
 	return n, err
 }
 
@@ -110,9 +145,10 @@ var (
 
 // observe gives each request an id, and a line in the log when it is over.
 func observe(log *slog.Logger, next http.Handler) http.Handler {
+	writing := newBudget(budgetBytes)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		x := &exchange{ResponseWriter: w, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
+		x := &exchange{ResponseWriter: w, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
 		h := w.Header()
 		h["X-Request-Id"] = []string{x.id}
 		h["X-Content-Type-Options"] = nosniff
@@ -332,25 +368,45 @@ func whenStarted(s *store, next http.Handler) http.Handler {
 
 // limitInFlight refuses the requests beyond most at a time. To refuse at once
 // is kinder than a queue in which all wait until nobody can be served in time.
+//
+// A request is in flight while the service works for it, and not while its
+// caller sends or reads: else a few slow callers would lock out all others. So
+// the methods that come with a body enter when [readJSON] has read it, and do
+// nothing before that; all leave with the first byte of the answer.
 func limitInFlight(most int, next http.Handler) http.Handler {
-	slots := make(chan struct{}, most)
+	places := make(chan struct{}, most)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case slots <- struct{}{}:
-			defer func() { <-slots }()
-			next.ServeHTTP(w, r)
+		x := exchangeOf(w)
+		x.places = places
+		defer x.leave()
+		switch r.Method {
+		case http.MethodPost, http.MethodPut, http.MethodPatch:
 		default:
-			writeError(w, r, &failure{kind: kindUnavailable, message: "Too many requests are being served"})
+			if err := x.enter(); err != nil {
+				writeError(w, r, err)
+				return
+			}
 		}
+		next.ServeHTTP(w, r)
 	})
 }
 
+// grace is for how long the service works on for a caller who seems to be gone.
+const grace = time.Second
+
 // deadline limits how long a request may take, down to its SQL: what is still
 // running then is cancelled, and the answer is 503.
+//
+// A caller who has closed its half of the connection may be gone, or may only
+// have said all that it has to say and wait for the answer (as "nc -N" does):
+// TCP does not tell. So it gets its answer if that is soon; but in an overload
+// the work of those who gave up is not done.
 func deadline(limit time.Duration, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), limit)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), limit)
 		defer cancel()
+		back := context.AfterFunc(r.Context(), func() { time.AfterFunc(grace, cancel) })
+		defer back()
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
 }
@@ -360,14 +416,27 @@ func bodyTooLarge(most int64) *failure {
 }
 
 // limitBody refuses bodies of more than most bytes: at once if they announce
-// it, else when they are read.
+// it, else when they are read. All that are large share a [budget].
 func limitBody(most int64, next http.Handler) http.Handler {
+	reading := newBudget(budgetBytes)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength > most { // before the caller, who may be waiting for a 100, sends it
 			writeError(w, r, bodyTooLarge(most))
 			return
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, most)
+		if bytes := r.ContentLength; bytes > smallBytes || bytes < 0 {
+			if bytes < 0 { // unknown: it is sent in chunks
+				bytes = most
+			}
+			body := &countedBody{ReadCloser: r.Body, bytes: bytes, budget: reading, control: http.NewResponseController(w)}
+			r.Body = body
+			defer func() {
+				if body.giveBack != nil {
+					body.giveBack()
+				}
+			}()
+		}
 		next.ServeHTTP(w, r)
 	})
 }

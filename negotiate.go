@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"compress/gzip"
 	"io"
 	"net/http"
@@ -94,6 +95,7 @@ type gzipWriter struct {
 	accepted bool
 	decided  bool
 	gz       *gzip.Writer // nil: the answer passes as it is
+	packed   bytes.Buffer // what gz has made: no caller, however slow it reads, holds on to gz
 }
 
 func (w *gzipWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -108,7 +110,7 @@ func (w *gzipWriter) WriteHeader(status int) {
 				h.Set("Content-Encoding", "gzip")
 				h.Del("Content-Length") // known only when all is compressed
 				w.gz = gzippers.Get().(*gzip.Writer)
-				w.gz.Reset(w.ResponseWriter)
+				w.gz.Reset(&w.packed)
 			}
 		}
 	}
@@ -127,7 +129,8 @@ func (w *gzipWriter) Write(p []byte) (int, error) {
 
 func (w *gzipWriter) finish() {
 	if w.gz != nil {
-		w.gz.Close() // an error here means that the caller is gone
+		w.gz.Close()
 		gzippers.Put(w.gz)
+		w.ResponseWriter.Write(w.packed.Bytes()) // an error here means that the caller is gone
 	}
 }

@@ -1,0 +1,183 @@
+package main
+
+import (
+	"container/list"
+	"crypto/tls"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// What callers may occupy
+//
+// A caller who sends or reads slowly costs no time, but holds on to what was
+// given to it. Three things could run out, and each has a bound:
+//
+//	places in flight   held only while the service works: not while a body comes
+//	                   in, and not while an answer goes out (middleware.go)
+//	memory             large bodies and large answers share a budget each
+//	connections        no more than there are file descriptors for
+//
+// A place in flight that is taken is a refusal, since the work will be done in
+// a moment. The other two are held for as long as the caller likes: there a
+// newcomer is let in, and who has been there the longest is cut off. Whoever
+// sends and reads as fast as it can is never that one: an attacker is.
+
+const (
+	// smallBytes is what one caller may have in memory uncounted: net/http's
+	// buffers and a request's header take as much.
+	smallBytes = 16 << 10
+	// budgetBytes bounds all large bodies together, and all large answers: 300
+	// lists of 1000 users each.
+	budgetBytes = 64 << 20
+	// maxConnections bounds memory, since net/http takes some 20 KB for each: see
+	// newConnections.
+	maxConnections = 10_000
+)
+
+// A budget bounds the bytes that slow callers hold. It is safe for concurrent use.
+type budget struct {
+	mu      sync.Mutex
+	free    int64
+	holders list.List // of *holder, in the order of their arrival
+}
+
+type holder struct {
+	bytes  int64
+	cutOff func()
+}
+
+func newBudget(bytes int64) *budget { return &budget{free: bytes} }
+
+// take lets the caller hold some bytes until it calls giveBack. To make room it
+// cuts off those who have held theirs the longest, even for one who takes more
+// than there is. cutOff may be called until giveBack returns, and must not wait.
+func (b *budget) take(bytes int64, cutOff func()) (giveBack func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.free < bytes && b.holders.Len() > 0 {
+		first := b.holders.Remove(b.holders.Front()).(*holder)
+		b.free += first.bytes
+		first.cutOff()
+		first.bytes = 0 // it has given back
+	}
+	b.free -= bytes
+	me := &holder{bytes, cutOff}
+	place := b.holders.PushBack(me)
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.free += me.bytes
+		me.bytes = 0
+		b.holders.Remove(place) // does nothing if it is out already
+	}
+}
+
+// A countedBody is the body of a request that may be large. It takes its part of
+// the budget with the first read, and gives it back with the end or an error,
+// so that nobody is cut off who has sent all.
+type countedBody struct {
+	io.ReadCloser
+	bytes    int64
+	budget   *budget
+	control  *http.ResponseController
+	giveBack func() // nil before the first read
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	if b.giveBack == nil {
+		b.giveBack = b.budget.take(b.bytes, func() { b.control.SetReadDeadline(time.Unix(1, 0)) })
+	}
+	n, err := b.ReadCloser.Read(p)
+	if err != nil {
+		b.giveBack()
+	}
+	return n, err
+}
+
+// connections keeps count of those of a server, by its ConnState. It is safe
+// for concurrent use.
+type connections struct {
+	most int
+	log  *slog.Logger
+
+	mu sync.Mutex
+	// Those between requests, the new ones among them, and those within one, each
+	// in the order in which they came to be so.
+	waiting, busy list.List
+	places        map[net.Conn]place
+	cut           int       // since it was last logged
+	logged        time.Time // when that was
+}
+
+// A place is where a connection stands.
+type place struct {
+	list *list.List
+	*list.Element
+}
+
+// newConnections allows for as many connections as the process may have files,
+// less reserved ones, up to [maxConnections]. Beyond that, accept(2) would fail
+// with EMFILE: then not even health gets in, and no new connection to
+// PostgreSQL comes about.
+func newConnections(reserved int, log *slog.Logger) *connections {
+	most := maxConnections
+	var files syscall.Rlimit
+	// The soft limit, which the os package has raised to the hard one.
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < uint64(most+reserved) {
+		most = max(int(files.Cur)-reserved, 8)
+	}
+	return &connections{most: most, log: log, places: make(map[net.Conn]place)}
+}
+
+// changed is the ConnState of an [http.Server]. For a new connection that is one
+// too many it closes another: the one that has been waiting for its next request
+// the longest, or, when none is, the one that has been within one the longest.
+func (c *connections) changed(conn net.Conn, state http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p, ok := c.places[conn]; ok {
+		p.list.Remove(p.Element)
+		delete(c.places, conn)
+	}
+	switch state {
+	case http.StateNew:
+		if len(c.places) >= c.most {
+			c.closeOne()
+		}
+		c.put(conn, &c.waiting)
+	case http.StateIdle:
+		c.put(conn, &c.waiting)
+	case http.StateActive:
+		c.put(conn, &c.busy)
+	}
+}
+
+func (c *connections) put(conn net.Conn, l *list.List) {
+	c.places[conn] = place{l, l.PushBack(conn)}
+}
+
+func (c *connections) closeOne() {
+	victim := c.waiting.Front()
+	if victim == nil {
+		victim = c.busy.Front()
+	}
+	conn := victim.Value.(net.Conn)
+	p := c.places[conn]
+	p.list.Remove(p.Element)
+	delete(c.places, conn)
+	if secured, ok := conn.(*tls.Conn); ok {
+		conn = secured.NetConn() // tls.Conn.Close would wait for the caller to read its good-bye
+	}
+	conn.Close()
+
+	c.cut++
+	if now := time.Now(); now.Sub(c.logged) > time.Second {
+		c.log.Warn("too many connections: those that did nothing the longest were closed", "most", c.most, "closed", c.cut)
+		c.cut, c.logged = 0, now
+	}
+}
