@@ -10,9 +10,11 @@ import (
 	"maps"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -25,6 +27,9 @@ const patience = 30 * time.Second
 
 func TestMain(m *testing.M) {
 	if os.Getenv("ROLLCALL_TEST_MAIN") != "" { // a test runs this binary as the program
+		if files, err := strconv.ParseUint(os.Getenv("ROLLCALL_TEST_FILES"), 10, 64); err == nil { // as ulimit -n does
+			syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: files, Max: files})
+		}
 		main()
 		return
 	}

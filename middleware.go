@@ -152,6 +152,12 @@ func observe(log *slog.Logger, next http.Handler) http.Handler {
 		h := w.Header()
 		h["X-Request-Id"] = []string{x.id}
 		h["X-Content-Type-Options"] = nosniff
+		if r.TransferEncoding != nil {
+			// With a Content-Length beside it, the connection must not be used again,
+			// since a proxy may have seen another end of the body (RFC 9112, section
+			// 6.3). net/http has dropped that field by now, so this goes for all.
+			h["Connection"] = closing
+		}
 		defer logAccess(log, x, r, start) // deferred: an aborted answer is logged too
 		next.ServeHTTP(x, r)
 	})

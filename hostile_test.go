@@ -1,0 +1,592 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Callers who mean harm: they are slow on purpose, say what no client would, or
+// say it far too often. What is measured here is printed, not asserted: the
+// machine may have other things to do. With ROLLCALL_CHAOS set (make chaos) the
+// tests take longer and larger numbers, and bring in slowhttptest.
+
+func fullChaos() bool { return os.Getenv("ROLLCALL_CHAOS") != "" }
+
+// openFiles returns the number of this process's file descriptors, 0 where
+// there is no /proc.
+func openFiles() int {
+	files, _ := os.ReadDir("/proc/self/fd")
+	return len(files)
+}
+
+// residentMB returns the memory of this process that is in RAM, in MB; 0 where
+// there is no /proc.
+func residentMB() int {
+	var size, resident int
+	if text, err := os.ReadFile("/proc/self/statm"); err == nil {
+		fmt.Sscan(string(text), &size, &resident)
+	}
+	return resident * os.Getpagesize() >> 20
+}
+
+// returnsToNormal takes stock, and returns a function that waits until there
+// are no more goroutines and file descriptors than then. A test that uses it
+// must not run beside others.
+func returnsToNormal(t testing.TB, poolConns int) (wait func()) {
+	client.CloseIdleConnections()
+	goroutines, files := runtime.NumGoroutine(), openFiles()
+	return func() {
+		t.Helper()
+		client.CloseIdleConnections()
+		waitFor(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= goroutines })
+		// The pool keeps the connections to PostgreSQL that it has opened meanwhile.
+		waitFor(t, "the file descriptors to be closed", func() bool { return openFiles() <= files+poolConns })
+	}
+}
+
+// A steadyLoad is good clients who ask for one user, again and again.
+type steadyLoad struct {
+	answers, others atomic.Int64 // with 200; with anything else
+	other           atomic.Value // one of the others, a string
+	quit            chan struct{}
+	running         sync.WaitGroup
+}
+
+func startSteadyLoad(s *service, clients int, path string) *steadyLoad {
+	l := &steadyLoad{quit: make(chan struct{})}
+	for range clients {
+		l.running.Go(func() {
+			for {
+				select {
+				case <-l.quit:
+					return
+				default:
+				}
+				if a, err := s.try("GET", path, ""); err == nil && a.status == 200 {
+					l.answers.Add(1)
+				} else {
+					l.others.Add(1)
+					l.other.Store(fmt.Sprint(a.status, " ", a.body, " ", err))
+				}
+			}
+		})
+	}
+	return l
+}
+
+// rate returns the answers a second over the next so many answers.
+func (l *steadyLoad) rate(t testing.TB, answers int64) float64 {
+	t.Helper()
+	start, from := time.Now(), l.answers.Load()
+	waitFor(t, fmt.Sprintf("%d answers", answers), func() bool { return l.answers.Load() >= from+answers })
+	return float64(l.answers.Load()-from) / time.Since(start).Seconds()
+}
+
+func (l *steadyLoad) stop(t testing.TB) {
+	t.Helper()
+	close(l.quit)
+	l.running.Wait()
+	if n := l.others.Load(); n > 0 {
+		t.Errorf("%d answers other than 200 among %d, such as %v", n, n+l.answers.Load(), l.other.Load())
+	}
+}
+
+const head = "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+// longList makes the first page of 1000 users over 1 MB long: more than the
+// kernel takes off the service's hands for one who does not read.
+func longList(t testing.TB, s *service) {
+	t.Helper()
+	mustExec(t, s.db, `INSERT INTO users (id, email, name)
+		SELECT gen_random_uuid(), 'user' || n || '@example.com', repeat('€', 255) FROM generate_series(1, 1000) n`)
+}
+
+// attackSlowly opens connections that are each slow in one of four ways, and
+// returns a function that closes them.
+func attackSlowly(t testing.TB, s *service, conns int) (end func()) {
+	t.Helper()
+	attacks := []string{
+		"GET /api/v1/users HTTP/1.1\r\nHost: x\r\nX-Slow: ", // and no more
+		head + "Content-Length: 100\r\n\r\n{\"email\":",
+		head + "Transfer-Encoding: chunked\r\n\r\n64\r\n{\"email\":",
+		strings.Repeat("GET /api/v1/users?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n", 8), // and reads no answer
+	}
+	smallWindow := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+	}}
+	var opened []net.Conn
+	for i := range conns {
+		conn, err := smallWindow.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		opened = append(opened, conn)
+		if _, err := io.WriteString(conn, attacks[i%len(attacks)]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return func() {
+		for _, conn := range opened {
+			conn.Close()
+		}
+	}
+}
+
+// Slow callers, far more than there are places in flight, lock nobody out, and
+// leave nothing behind.
+func TestChaosSlowClients(t *testing.T) {
+	const places, poolConns = 8, 2
+	s := newService(t, "REQUEST_TIMEOUT=1h", fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))
+	longList(t, s)
+	path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
+	normal := returnsToNormal(t, poolConns)
+	conns, answers := 80, int64(500)
+	if fullChaos() {
+		conns, answers = 1000, 20_000
+	}
+	before := startSteadyLoad(s, places/2, path)
+	rate := before.rate(t, answers)
+	before.stop(t)
+
+	end := attackSlowly(t, s, conns)
+	defer end()
+	// Those who read no answer have places until theirs is made: let that be over.
+	waitFor(t, "the places to be free", func() bool {
+		for range places {
+			if s.call("GET", path, "").status != 200 {
+				return false
+			}
+		}
+		return true
+	})
+	during := startSteadyLoad(s, places/4, path)
+	slowed := during.rate(t, answers)
+	for _, path := range []string{"/health", "/health/ready"} {
+		if a := s.call("GET", path, ""); a.status != 200 {
+			t.Errorf("%s: %d %s", path, a.status, a.body)
+		}
+	}
+	close(during.quit)
+	during.running.Wait()
+	end()
+	t.Logf("%d slow connections on %d places: %.0f answers/s before, %.0f during, %d of %d refused, %d MB resident",
+		conns, places, rate, slowed, during.others.Load(), during.others.Load()+during.answers.Load(), residentMB())
+	normal()
+}
+
+// slowhttptest's three modes, while good clients go on.
+func TestChaosSlowHTTPTest(t *testing.T) {
+	if !fullChaos() {
+		t.Skip("takes a minute: only with ROLLCALL_CHAOS set")
+	}
+	program, err := exec.LookPath("slowhttptest")
+	if err != nil {
+		t.Skip("slowhttptest is not installed (apt-get install slowhttptest)")
+	}
+	const good, conns, answers = 50, 1000, 30_000
+	for _, mode := range []struct{ name, args string }{
+		{"slow headers", "-H -i 2"},
+		{"slow bodies", "-B -i 2 -s 8192 -t POST -f application/json"},
+		{"slow readers", "-X -k 8 -w 512 -y 1024 -n 2 -z 32"},
+	} {
+		t.Run(mode.name, func(t *testing.T) {
+			const poolConns = 4
+			s := newService(t, "MAX_IN_FLIGHT=128", fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))
+			longList(t, s)
+			path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
+			normal := returnsToNormal(t, poolConns)
+			l := startSteadyLoad(s, good, path)
+			before := l.rate(t, answers)
+
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			args := fmt.Sprintf("%s -c %d -r 500 -l 30 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
+			attack := exec.CommandContext(ctx, program, strings.Fields(args)...)
+			attack.Dir = t.TempDir() // it writes files
+			var output bytes.Buffer
+			attack.Stdout = &output
+			files := openFiles()
+			if err := attack.Start(); err != nil {
+				t.Fatal(err)
+			}
+			most := 0
+			waitFor(t, "the attack to be complete", func() bool {
+				most = max(most, openFiles()-files)
+				return most > conns*8/10
+			})
+			during, memory := l.rate(t, answers), residentMB()
+			most = max(most, openFiles()-files)
+			cancel()
+			attack.Wait()
+			l.stop(t)
+			after := startSteadyLoad(s, good, path)
+			t.Logf("%s, %d connections at once: %.0f answers/s before, %.0f during (%.0f %%), %.0f after; %d other than 200; %d MB resident",
+				mode.name, most, before, during, 100*during/before, after.rate(t, answers), l.others.Load(), memory)
+			after.stop(t)
+			normal()
+		})
+	}
+}
+
+// A process that may have few files, and a crowd that takes them all: health,
+// the callers in the middle of something, and new connections to PostgreSQL
+// still have theirs.
+func TestChaosConnections(t *testing.T) {
+	databaseURL, _ := newSchema(t)
+	const files = 200
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, "DB_MAX_CONNS=2", fmt.Sprintf("ROLLCALL_TEST_FILES=%d", files)))
+	p.waitReady()
+	s := &service{t: t, url: p.url}
+	path := newUser(s, "a@example.com").header.Get("Location")
+	l := startSteadyLoad(s, 4, path)
+	crowd := make([]net.Conn, 0, 3*files)
+	for len(crowd) < cap(crowd) {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if len(crowd)%2 == 0 { // the others say nothing at all
+			io.WriteString(conn, "GET / HTTP/1.1\r\n")
+		}
+		crowd = append(crowd, conn)
+	}
+	for range 20 {
+		for _, path := range []string{"/health", "/health/ready"} {
+			if a := s.call("GET", path, "", "Connection: close"); a.status != 200 {
+				t.Errorf("%s: %d %s", path, a.status, a.body)
+			}
+		}
+	}
+	l.rate(t, 500)
+	close(l.quit)
+	l.running.Wait()
+	// A connection that a client keeps between two requests may be the one that is
+	// closed; net/http's client then asks again, on another.
+	if n := l.others.Load(); n > 0 {
+		t.Errorf("%d good requests failed, such as %v", n, l.other.Load())
+	}
+	if log := p.stderr.String(); !strings.Contains(log, "too many connections") || strings.Contains(log, "too many open files") {
+		t.Errorf("the log says: %s", log)
+	}
+}
+
+// readToEnd reads answers until the service closes the connection.
+func readToEnd(t testing.TB, conn net.Conn) string {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	all, err := io.ReadAll(conn)
+	if err, ok := err.(net.Error); ok && err.Timeout() {
+		t.Errorf("the connection stays open after %q", cut(string(all), 500))
+	}
+	return string(all) // of a connection that was reset, what came before
+}
+
+// What stands behind a request that is refused or ambiguous is never taken for
+// a request: nobody smuggles one past a proxy that reads the first one otherwise
+// (RFC 9112, sections 6.3 and 11.2).
+func TestHostileFraming(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+	const ask = "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+	tests := []struct {
+		name, request string
+		want          string // the status of the one answer
+	}{
+		{"length and chunked", ask + "Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + smuggled, "400"},
+		{"chunked and length", ask + "Transfer-Encoding: chunked\r\nContent-Length: 60\r\n\r\n0\r\n\r\n" + smuggled, "400"},
+		{"two lengths", ask + "Content-Length: 0\r\nContent-Length: 40\r\n\r\n" + smuggled, "400"},
+		{"two lengths in one field", ask + "Content-Length: 2, 40\r\n\r\n{}" + smuggled, "400"},
+		{"length with a sign", ask + "Content-Length: +2\r\n\r\n{}" + smuggled, "400"},
+		{"negative length", ask + "Content-Length: -1\r\n\r\n{}" + smuggled, "400"},
+		{"hexadecimal length", ask + "Content-Length: 0x2\r\n\r\n{}" + smuggled, "400"},
+		{"length beyond 63 bits", ask + "Content-Length: 18446744073709551618\r\n\r\n{}" + smuggled, "400"},
+		{"empty length", ask + "Content-Length: \r\n\r\n{}" + smuggled, "400"},
+		{"unknown coding", ask + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + smuggled, "501"},
+		{"chunked twice", ask + "Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n" + smuggled, "501"},
+		{"two codings", ask + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + smuggled, "501"},
+		{"two fields of codings", ask + "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n" + smuggled, "501"},
+		{"vertical tab before chunked", ask + "Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + smuggled, "400"},
+		{"space before the colon", ask + "Content-Length : 40\r\n\r\n" + smuggled, "400"},
+		{"tab before the colon", ask + "Transfer-Encoding\t: chunked\r\n\r\n0\r\n\r\n" + smuggled, "400"},
+		{"space before a field", "GET / HTTP/1.1\r\n Host: x\r\n\r\n" + smuggled, "400"},
+		{"NUL in a value", "GET /health HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n" + smuggled, "400"},
+		{"bare CR in a value", "GET /health HTTP/1.1\r\nHost: x\r\nX: a\rContent-Length: 40\r\n\r\n" + smuggled, "400"},
+		{"NUL in a name", "GET /health HTTP/1.1\r\nHost: x\r\nX\x00: a\r\n\r\n" + smuggled, "400"},
+		{"two hosts", "GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n" + smuggled, "400"},
+		{"no host", "GET /health HTTP/1.1\r\n\r\n" + smuggled, "400"},
+		{"control character in the path", "GET /hea\x01lth HTTP/1.1\r\nHost: x\r\n\r\n" + smuggled, "400"},
+		{"four words", "GET /health x HTTP/1.1\r\nHost: x\r\n\r\n" + smuggled, "400"},
+		{"HTTP/0.9", "GET /health\r\n" + smuggled, "400"},
+		{"HTTP/1.10", "GET /health HTTP/1.10\r\nHost: x\r\n\r\n" + smuggled, "400"},
+		{"HTTP/3.0", "GET /health HTTP/3.0\r\nHost: x\r\n\r\n" + smuggled, "505"},
+		{"chunk size that is none", ask + "Transfer-Encoding: chunked\r\n\r\nxyz\r\n" + smuggled, "400"},
+		{"chunk size with a sign", ask + "Transfer-Encoding: chunked\r\n\r\n+2\r\n{}\r\n0\r\n\r\n" + smuggled, "400"},
+		{"chunk size beyond 64 bits", ask + "Transfer-Encoding: chunked\r\n\r\n10000000000000002\r\n{}\r\n0\r\n\r\n" + smuggled, "400"},
+		{"chunk longer than it says", ask + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}{}\r\n0\r\n\r\n" + smuggled, "400"},
+		{"chunk size ended by a bare LF", ask + "Transfer-Encoding: chunked\r\n\r\n2;\n{}\r\n0\r\n\r\n" + smuggled, "400"},
+		{"oversized chunk extension", ask + "Transfer-Encoding: chunked\r\n\r\n2;" + strings.Repeat("x", 64<<10) + "\r\n{}\r\n0\r\n\r\n" + smuggled, "400"},
+		{"many small chunk extensions", ask + "Transfer-Encoding: chunked\r\n\r\n" +
+			strings.Repeat("1;"+strings.Repeat("x", 1000)+"\r\n \r\n", 100) + "0\r\n\r\n" + smuggled, "400"},
+		{"header of 40 KiB", "GET /health HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 40<<10) + "\r\n\r\n" + smuggled, "431"},
+		{"10,000 fields", "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X: y\r\n", 10_000) + "\r\n" + smuggled, "431"},
+		{"body too large", ask + "Content-Length: 99999999\r\n\r\n" + smuggled, "413"},
+		{"chunked body too large", ask + "Transfer-Encoding: chunked\r\n\r\n200000\r\n" + strings.Repeat(" ", 2<<20) + "\r\n0\r\n\r\n" + smuggled, "413"},
+		{"refused with its body unread", "POST /smuggling HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n" + smuggled, "404"},
+		{"wrong type, its body unread", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 40\r\n\r\n" + smuggled, "415"},
+		{"100-continue not waited for, refused", "POST /x HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 40\r\n\r\n" + smuggled, "404"},
+		{"an unknown expectation", "GET /health HTTP/1.1\r\nHost: x\r\nExpect: x\r\n\r\n" + smuggled, "417"},
+		// These are taken as they are meant; but see observe.
+		{"a small chunk extension", ask + "Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\n\r\n" + smuggled, "422"},
+		{"a trailer", ask + "Transfer-Encoding: chunked\r\nTrailer: X\r\n\r\n2\r\n{}\r\n0\r\nX: y\r\n\r\n" + smuggled, "422"},
+		{"chunked where no body is read", "GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + smuggled, "200"},
+		{"HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + smuggled, "404"},
+		{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n" + smuggled, "400"},
+		{"garbage", "\x00\xff\xfe garbage\r\n\r\n" + smuggled, "400"},
+		{"HTTP/1.0, which closes", "GET /health HTTP/1.0\r\n\r\n" + smuggled, "200"},
+		{"HTTP/1.0 and chunked", "POST /api/v1/users HTTP/1.0\r\nHost: x\r\nContent-Type: application/json\r\n" +
+			"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + smuggled, "400"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			conn := dialRaw(t, s)
+			go io.WriteString(conn, tt.request) // it may be refused before all is sent
+			got := readToEnd(t, conn)
+			if n := strings.Count(got, "HTTP/1."); n != 1 || len(got) < 12 || got[9:12] != tt.want {
+				t.Errorf("%d answers; want one, %s:\n%s", n, tt.want, cut(got, 1000))
+			}
+		})
+	}
+	t.Cleanup(func() { // the parallel subtests are over
+		for _, line := range s.logged() {
+			if line["path"] == "/smuggled" {
+				t.Errorf("what followed a broken request was served: %v", line)
+			}
+		}
+	})
+}
+
+// What RFC 9112 lets pass, and what can mean one thing only, is answered, and
+// so is the request behind it.
+func TestUncommonFraming(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	const next = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+	for _, tt := range []struct{ name, request, want string }{
+		{"bare LF", "GET /health HTTP/1.1\nHost: x\n\n", "200"},
+		{"a line break before the request", "\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", "400"}, // section 2.2 asks only to be kind
+		{"equal lengths", head + "Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", "422"},
+		{"a folded field", "GET /health HTTP/1.1\r\nHost: x\r\nX: a\r\n b\r\n\r\n", "200"},
+		{"a whole URL, and another host", "GET http://elsewhere.example/health HTTP/1.1\r\nHost: x\r\n\r\n", "200"},
+		{"HTTP/1.0 that stays", "GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "200"},
+		{"a body with GET", "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nGET /", "200"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			conn := dialRaw(t, s)
+			conn.send(tt.request + next)
+			got := readToEnd(t, conn)
+			want := 2
+			if tt.want == "400" {
+				want = 1
+			}
+			if n := strings.Count(got, "HTTP/1."); n != want || got[9:12] != tt.want || want == 2 && !strings.HasSuffix(got, "OK") {
+				t.Errorf("%d answers; want %d, the first %s:\n%s", n, want, tt.want, got)
+			}
+		})
+	}
+}
+
+// A caller who has closed its half of the connection is answered.
+func TestHalfClosed(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	path := newUser(s, "a@example.com").header.Get("Location")
+	const body = `{"email":"b@example.com","name":"B"}`
+	tx, err := s.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"); err != nil { // all have to wait
+		t.Fatal(err)
+	}
+	requests := []string{
+		"GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n",
+		"GET /api/v1/users HTTP/1.0\r\n\r\n",
+		fmt.Sprintf("%sContent-Length: %d\r\n\r\n%s", head, len(body), body),
+	}
+	var conns []*rawConn
+	for _, request := range requests {
+		conn := dialRaw(t, s)
+		conn.send(request)
+		if err := conn.Conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	tx.Rollback()
+	for i, conn := range conns {
+		if got := readToEnd(t, conn); !strings.Contains(got, " 200 OK\r\n") {
+			t.Errorf("%q: %s", requests[i], got)
+		}
+	}
+}
+
+// A caller who has closed its half of the connection has the grace to be
+// answered in; then it counts as gone.
+func TestCallerGone(t *testing.T) {
+	t.Parallel()
+	ended := make(chan error, 1)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		connection := r.Context()
+		deadline(time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			<-connection.Done() // net/http has seen the end
+			if r.URL.Path == "/soon" {
+				w.WriteHeader(http.StatusOK)
+			} else {
+				<-r.Context().Done()
+			}
+			ended <- r.Context().Err()
+		})).ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	for path, want := range map[string]error{"/soon": nil, "/late": context.Canceled} {
+		conn := dialRaw(t, &service{t: t, url: server.URL})
+		conn.send("GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n")
+		if err := conn.Conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if got := readToEnd(t, conn); !strings.HasPrefix(got, "HTTP/1.1 200") {
+			t.Errorf("%s: %q", path, got)
+		}
+		if err := <-ended; err != want {
+			t.Errorf("%s: the context says %v; want %v", path, err, want)
+		}
+	}
+}
+
+// 10,000 requests at once on one connection are answered, one after the other.
+func TestPipelined(t *testing.T) {
+	t.Parallel()
+	const requests = 10_000
+	s := newService(t)
+	newUser(s, "a@example.com")
+	conn := dialRaw(t, s)
+	go func() {
+		io.WriteString(conn, strings.Repeat("GET /api/v1/users?limit=1 HTTP/1.1\r\nHost: x\r\n\r\n", requests-1)+
+			"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	}()
+	got := readToEnd(t, conn)
+	if ok, last := strings.Count(got, "HTTP/1.1 200 OK\r\n"), strings.LastIndex(got, "HTTP/1.1 404 "); ok != requests-1 || last < strings.LastIndex(got, "HTTP/1.1 200") {
+		t.Errorf("%d answers with 200; want %d, and one with 404 behind them", ok, requests-1)
+	}
+}
+
+// Between two requests, and while one runs, the time for reading does not count:
+// a deadline left on the connection would cancel the next request.
+func TestReadTimeoutIsForReading(t *testing.T) {
+	t.Parallel()
+	const readTimeout = 100 * time.Millisecond
+	h := deadline(time.Hour, limitBody(1<<20, handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		if r.Method == http.MethodPost {
+			if _, err := readJSON(w, r); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-r.Context().Done():
+			return r.Context().Err()
+		case <-time.After(2*readTimeout + grace): // a slow statement
+			w.WriteHeader(http.StatusOK)
+			return nil
+		}
+	})))
+	server := httptest.NewUnstartedServer(observe(slog.New(slog.DiscardHandler), h))
+	server.Config.ReadTimeout = readTimeout
+	server.Start()
+	defer server.Close()
+	conn := dialRaw(t, &service{t: t, url: server.URL})
+	for _, request := range []string{head + "Content-Length: 2\r\n\r\n{}", "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+		head + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"} {
+		if a := conn.answerTo(request); a.status != 200 {
+			t.Errorf("%q: %d %s", request, a.status, a.body)
+		}
+	}
+}
+
+// Who has no good token occupies nothing, whatever it sends and however often.
+func TestChaosTokenFlood(t *testing.T) {
+	const poolConns = 2
+	s := newService(t, append(withAuth, "MAX_IN_FLIGHT=1", fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))...)
+	good := bearer("ada")
+	tokens := []string{
+		"", "Authorization: Bearer", "Authorization: Bearer x", "Authorization: Basic YTpi",
+		"Authorization: Bearer " + strings.Repeat("x", 20_000),
+		"Authorization: Bearer " + strings.Repeat(".", 5000),
+		"Authorization: Bearer eyJhbGciOiJub25lIn0.e30.",
+		good + "x",
+		good[:len(good)-5] + "AAAAA",
+		"Authorization: Bearer " + mintToken([]byte("another secret of thirty-two bytes, or more"), grant{subject: "eve", ttl: time.Hour}, time.Now()),
+		"Authorization: Bearer " + mintToken([]byte(middlewareSecret), grant{subject: "ada", ttl: time.Second}, time.Now().Add(-time.Hour)),
+	}
+	s.call("GET", usersPath, "", good)
+	normal := returnsToNormal(t, poolConns)
+	flood, clients := 2000, 16
+	if fullChaos() {
+		flood = 200_000
+	}
+	logged, memory, start := len(s.log.String()), residentMB(), time.Now()
+	cpu := processorTime()
+	var next, wrong atomic.Int64
+	var running sync.WaitGroup
+	for range clients {
+		running.Go(func() {
+			for i := next.Add(1); i <= int64(flood); i = next.Add(1) {
+				if a, err := s.try("GET", usersPath, "", tokens[i%int64(len(tokens))]); err != nil || a.status != 401 {
+					wrong.Add(1)
+				}
+			}
+		})
+	}
+	for range 10 {
+		if a := s.call("GET", usersPath, "", good); a.status != 200 {
+			t.Errorf("a good token meanwhile: %d %s", a.status, a.body)
+		}
+	}
+	running.Wait()
+	if wrong.Load() > 0 {
+		t.Errorf("%d of %d were not refused with 401", wrong.Load(), flood)
+	}
+	if strings.Contains(s.log.String(), "eyJ") {
+		t.Error("a token got into the log")
+	}
+	t.Logf("%d bad tokens: %.0f/s, %.0f µs of processor time each with the client's part, %d bytes of log each, %d MB resident before and %d after",
+		flood, float64(flood)/time.Since(start).Seconds(), float64((processorTime()-cpu).Microseconds())/float64(flood),
+		(len(s.log.String())-logged)/flood, memory, residentMB())
+	normal()
+}
+
+// processorTime returns what this process has used of it.
+func processorTime() time.Duration {
+	var used syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &used)
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
+}
