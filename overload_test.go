@@ -1,0 +1,217 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// More than the service can carry.
+
+// With every place in flight taken, each further request is refused at once,
+// by whatever method it comes, on a connection that stays open; health and
+// readiness go on; and who has a place is answered in the end.
+func TestChaosOverload(t *testing.T) {
+	const places, poolConns = 16, 4
+	s := newService(t, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns), "REQUEST_TIMEOUT=1h")
+	path := newUser(s, "a@example.com").header.Get("Location")
+	normal := returnsToNormal(t, poolConns)
+	tx, err := s.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"); err != nil {
+		t.Fatal(err)
+	}
+
+	const clients = 10 * places
+	var served, refused, wrong atomic.Int64
+	var running sync.WaitGroup
+	for range clients {
+		running.Go(func() {
+			switch a, err := s.try("GET", path, ""); {
+			case err == nil && a.status == 200:
+				served.Add(1)
+			case err == nil && a.status == 503 && a.header.Get("Retry-After") != "":
+				refused.Add(1)
+			default:
+				wrong.Add(1)
+			}
+		})
+	}
+	waitFor(t, "all places to be taken and the rest to be refused", func() bool { return refused.Load() == clients-places })
+
+	const body = `{"email":"b@example.com","name":"B"}`
+	for _, method := range []string{"GET", "HEAD", "DELETE", "POST", "PUT", "PATCH", "OPTIONS"} {
+		if a := s.call(method, path, body); method != "POST" && a.status != 503 { // that has no handler: it is a 405
+			t.Errorf("%s: %d %s", method, a.status, a.body)
+		}
+	}
+	conn := dialRaw(t, s) // which stays open, though each answer is a refusal
+	for _, request := range []string{"POST /api/v1/users", "GET /api/v1/users", "PUT " + path, "PATCH " + path} {
+		a := conn.answerTo(fmt.Sprintf("%s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+			request, len(body), body))
+		if a.status != 503 || a.header.Get("Retry-After") == "" {
+			t.Errorf("%s: %d %s", request, a.status, a.body)
+		}
+		if strings.HasPrefix(request, "GET") {
+			conn = dialRaw(t, s) // its body is not read, and so might be taken for a request
+		}
+	}
+	for range 10 {
+		for _, path := range []string{"/health", "/health/ready"} {
+			if a := s.call("GET", path, ""); a.status != 200 {
+				t.Errorf("%s: %d %s", path, a.status, a.body)
+			}
+		}
+	}
+
+	tx.Rollback()
+	running.Wait()
+	if served.Load() != places || wrong.Load() != 0 {
+		t.Errorf("%d served, %d refused, %d neither; want %d served and the rest refused", served.Load(), refused.Load(), wrong.Load(), places)
+	}
+	for range places { // all places are free again
+		s.call("GET", path, "").user(t)
+	}
+	normal()
+}
+
+// Ten times the load that it can carry, measured. PostgreSQL is made slow, so
+// that it is the service that decides what to do, and not the scheduler of a
+// machine without a processor to spare.
+func TestChaosTenfold(t *testing.T) {
+	if !fullChaos() {
+		t.Skip("measures for half a minute: only with ROLLCALL_CHAOS set")
+	}
+	const places, poolConns, conns = 128, 10, 5000
+	databaseURL, db := newSchema(t)
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns)))
+	p.waitReady()
+	s := &service{t: t, url: p.url}
+	// Each connection creates 50 users a second: 500 in all.
+	mustExec(t, db, `CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.02); RETURN NEW; END'`)
+	mustExec(t, db, `CREATE TRIGGER slowly BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION slowly()`)
+
+	transport := &http.Transport{MaxIdleConnsPerHost: conns}
+	defer transport.CloseIdleConnections()
+	crowd := &http.Client{Timeout: patience, Transport: transport}
+	var serial atomic.Int64
+	// phase runs clients that each begin a request every so often, or, with 0, as
+	// soon as the last one is answered.
+	phase := func(name string, clients int, every, length time.Duration) (served, refused []time.Duration) {
+		var mu sync.Mutex
+		var others int
+		var running sync.WaitGroup
+		start := time.Now()
+		for i := range clients {
+			running.Go(func() {
+				next := start.Add(every * time.Duration(i) / time.Duration(clients))
+				for ; time.Since(start) < length; next = next.Add(every) {
+					if every > 0 {
+						time.Sleep(time.Until(next)) // the load is that of a clock
+					}
+					body := fmt.Sprintf(`{"email":"u%d@example.com","name":"U"}`, serial.Add(1))
+					sent := time.Now()
+					resp, err := crowd.Post(s.url+usersPath, "application/json", strings.NewReader(body))
+					took := time.Since(sent)
+					status := 0
+					if err == nil {
+						_, err = io.Copy(io.Discard, resp.Body)
+						resp.Body.Close()
+						status = resp.StatusCode
+					}
+					mu.Lock()
+					switch {
+					case err == nil && status == 200:
+						served = append(served, took)
+					case err == nil && status == 503 && resp.Header.Get("Retry-After") != "":
+						refused = append(refused, took)
+					default:
+						others++
+					}
+					mu.Unlock()
+				}
+			})
+		}
+		running.Wait()
+		seconds := time.Since(start).Seconds()
+		t.Logf("%-13s %5.0f requests/s: %4.0f/s served, p50 %v, p99 %v; %5.0f/s refused, p50 %v, p99 %v; %d MB resident, %d files",
+			name, float64(len(served)+len(refused))/seconds, float64(len(served))/seconds, percentile(served, 50), percentile(served, 99),
+			float64(len(refused))/seconds, percentile(refused, 50), percentile(refused, 99), p.residentMB(), p.openFiles())
+		if others > 0 {
+			t.Errorf("%s: %d answers other than 200 and 503 with Retry-After", name, others)
+		}
+		return served, refused
+	}
+	phase("one client:", 1, 0, 3*time.Second)
+	phase("full load:", places, 0, 8*time.Second)
+
+	var unhealthy, asked int
+	var slowest time.Duration
+	quit := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for {
+			select {
+			case <-quit:
+				return
+			default:
+			}
+			for _, path := range []string{"/health", "/health/ready"} {
+				sent := time.Now()
+				if a, err := s.try("GET", path, "", "Connection: close"); err != nil || a.status != 200 {
+					unhealthy++
+				}
+				slowest = max(slowest, time.Since(sent))
+				asked++
+			}
+		}
+	})
+	_, refused := phase("ten times it:", conns, time.Second, 12*time.Second)
+	close(quit)
+	watching.Wait()
+	if len(refused) == 0 {
+		t.Error("that was no overload")
+	}
+	if unhealthy > 0 {
+		t.Errorf("health or readiness said no %d times of %d", unhealthy, asked)
+	}
+	over := time.Now()
+	waitFor(t, "20 creates in a row that take as long as alone", func() bool {
+		for range 20 {
+			sent := time.Now()
+			a := newUserOrNot(s, serial.Add(1))
+			if a.status != 200 || time.Since(sent) > 100*time.Millisecond {
+				return false
+			}
+		}
+		return true
+	})
+	t.Logf("health and readiness: %d of %d with 200, the slowest took %v; back to normal after %v, those 20 creates included; %d MB resident",
+		asked-unhealthy, asked, slowest.Round(time.Millisecond), time.Since(over).Round(time.Millisecond), p.residentMB())
+}
+
+func newUserOrNot(s *service, n int64) answer {
+	return s.call("POST", usersPath, fmt.Sprintf(`{"email":"u%d@example.com","name":"U"}`, n))
+}
+
+// percentile returns the value that p percent of the values don't exceed, 0 of none.
+func percentile(values []time.Duration, p int) time.Duration {
+	if len(values) == 0 {
+		return 0
+	}
+	slices.Sort(values)
+	return values[(len(values)-1)*p/100].Round(100 * time.Microsecond)
+}
+
+func (p *process) residentMB() int { return residentMB(p.cmd.Process.Pid) }
+
+func (p *process) openFiles() int { return openFiles(p.cmd.Process.Pid) }
