@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -11,7 +10,9 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -64,11 +65,13 @@ type steadyLoad struct {
 	answers, others atomic.Int64 // with 200; with anything else
 	other           atomic.Value // one of the others, a string
 	quit            chan struct{}
+	ended           sync.Once
 	running         sync.WaitGroup
 }
 
 func startSteadyLoad(s *service, clients int, path string) *steadyLoad {
 	l := &steadyLoad{quit: make(chan struct{})}
+	s.t.Cleanup(l.end) // of a test that has failed halfway
 	for range clients {
 		l.running.Go(func() {
 			for {
@@ -97,10 +100,15 @@ func (l *steadyLoad) rate(t testing.TB, answers int64) float64 {
 	return float64(l.answers.Load()-from) / time.Since(start).Seconds()
 }
 
+func (l *steadyLoad) end() {
+	l.ended.Do(func() { close(l.quit) })
+	l.running.Wait()
+}
+
+// stop ends the load, of which nothing may have failed.
 func (l *steadyLoad) stop(t testing.TB) {
 	t.Helper()
-	close(l.quit)
-	l.running.Wait()
+	l.end()
 	if n := l.others.Load(); n > 0 {
 		t.Errorf("%d answers other than 200 among %d, such as %v", n, n+l.answers.Load(), l.other.Load())
 	}
@@ -181,8 +189,7 @@ func TestChaosSlowClients(t *testing.T) {
 			t.Errorf("%s: %d %s", path, a.status, a.body)
 		}
 	}
-	close(during.quit)
-	during.running.Wait()
+	during.end()
 	end()
 	t.Logf("%d slow connections on %d places: %.0f answers/s before, %.0f during, %d of %d refused, %d MB resident",
 		conns, places, rate, slowed, during.others.Load(), during.others.Load()+during.answers.Load(), residentMB(os.Getpid()))
@@ -198,16 +205,18 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 	if err != nil {
 		t.Skip("slowhttptest is not installed (apt-get install slowhttptest)")
 	}
-	const good, conns, answers = 50, 1000, 30_000
+	const good, conns, answers = 50, 1000, 10_000
+	status := regexp.MustCompile(`(connected|error|closed):\s*\x1b\[[\d;]*m\s*(\d+)`) // in colours
 	for _, mode := range []struct{ name, args string }{
 		{"slow headers", "-H -i 2"},
 		{"slow bodies", "-B -i 2 -s 8192 -t POST -f application/json"},
-		{"slow readers", "-X -k 8 -w 512 -y 1024 -n 2 -z 32"},
+		{"slow readers", "-X -k 3 -w 512 -y 1024 -n 2 -z 32"},
 	} {
 		t.Run(mode.name, func(t *testing.T) {
 			const poolConns = 4
 			s := newService(t, "MAX_IN_FLIGHT=128", fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))
-			longList(t, s)
+			mustExec(t, s.db, `INSERT INTO users (id, email, name)
+				SELECT gen_random_uuid(), 'user' || n || '@example.com', 'User ' || n FROM generate_series(1, 1000) n`)
 			path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
 			normal := returnsToNormal(t, poolConns)
 			l := startSteadyLoad(s, good, path)
@@ -215,27 +224,32 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			args := fmt.Sprintf("%s -c %d -r 500 -l 30 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
-			attack := exec.CommandContext(ctx, program, strings.Fields(args)...)
+			args := fmt.Sprintf("%s -c %d -r 200 -l 60 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
+			attack := exec.CommandContext(ctx, "stdbuf", append([]string{"-oL", program}, strings.Fields(args)...)...)
 			attack.Dir = t.TempDir() // it writes files
-			var output bytes.Buffer
-			attack.Stdout = &output
+			output := new(syncBuffer)
+			attack.Stdout = output
 			files := openFiles(os.Getpid())
 			if err := attack.Start(); err != nil {
 				t.Fatal(err)
 			}
-			most := 0
-			waitFor(t, "the attack to be complete", func() bool {
-				most = max(most, openFiles(os.Getpid())-files)
-				return most > conns*8/10
+			waitFor(t, "all connections to have been opened", func() bool {
+				text := output.String() // a status every 5 s
+				text = text[max(0, strings.LastIndex(text, "initializing:")):]
+				opened := 0
+				for _, match := range status.FindAllStringSubmatch(text, -1) {
+					n, _ := strconv.Atoi(match[2])
+					opened += n
+				}
+				return opened >= conns
 			})
+			most := openFiles(os.Getpid()) - files
 			during, memory := l.rate(t, answers), residentMB(os.Getpid())
-			most = max(most, openFiles(os.Getpid())-files)
 			cancel()
 			attack.Wait()
-			l.stop(t)
+			l.end()
 			after := startSteadyLoad(s, good, path)
-			t.Logf("%s, %d connections at once: %.0f answers/s before, %.0f during (%.0f %%), %.0f after; %d other than 200; %d MB resident",
+			t.Logf("%s, %d of them still open: %.0f answers/s before, %.0f during (%.0f %%), %.0f after; %d other than 200; %d MB resident",
 				mode.name, most, before, during, 100*during/before, after.rate(t, answers), l.others.Load(), memory)
 			after.stop(t)
 			normal()
@@ -274,8 +288,7 @@ func TestChaosConnections(t *testing.T) {
 		}
 	}
 	l.rate(t, 500)
-	close(l.quit)
-	l.running.Wait()
+	l.end()
 	// A connection that a client keeps between two requests may be the one that is
 	// closed; net/http's client then asks again, on another.
 	if n := l.others.Load(); n > 0 {
