@@ -35,7 +35,7 @@ const (
 	// lists of 1000 users each.
 	budgetBytes = 64 << 20
 	// maxConnections bounds memory, since net/http takes some 20 KB for each: see
-	// newConnections.
+	// newConnectionLimit.
 	maxConnections = 10_000
 )
 
@@ -99,9 +99,9 @@ func (b *countedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// connections keeps count of those of a server, by its ConnState. It is safe
-// for concurrent use.
-type connections struct {
+// A connectionLimit keeps the connections of a server to a number. It is safe for
+// concurrent use.
+type connectionLimit struct {
 	most int
 	log  *slog.Logger
 
@@ -109,7 +109,7 @@ type connections struct {
 	// Those between requests, the new ones among them, and those within one, each
 	// in the order in which they came to be so.
 	waiting, busy list.List
-	places        map[net.Conn]place
+	places        map[net.Conn]*place
 	cut           int       // since it was last logged
 	logged        time.Time // when that was
 }
@@ -120,56 +120,64 @@ type place struct {
 	*list.Element
 }
 
-// newConnections allows for as many connections as the process may have files,
-// less reserved ones, up to [maxConnections]. Beyond that, accept(2) would fail
-// with EMFILE: then not even health gets in, and no new connection to
+// newConnectionLimit allows for as many connections as the process may have
+// files, less reserved ones, up to [maxConnections]. Beyond that, accept(2) would
+// fail with EMFILE: then not even health gets in, and no new connection to
 // PostgreSQL comes about.
-func newConnections(reserved int, log *slog.Logger) *connections {
+func newConnectionLimit(reserved int, log *slog.Logger) *connectionLimit {
 	most := maxConnections
 	var files syscall.Rlimit
 	// The soft limit, which the os package has raised to the hard one.
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < uint64(most+reserved) {
 		most = max(int(files.Cur)-reserved, 8)
 	}
-	return &connections{most: most, log: log, places: make(map[net.Conn]place)}
+	return &connectionLimit{most: most, log: log, places: make(map[net.Conn]*place)}
 }
 
 // changed is the ConnState of an [http.Server]. For a new connection that is one
 // too many it closes another: the one that has been waiting for its next request
 // the longest, or, when none is, the one that has been within one the longest.
-func (c *connections) changed(conn net.Conn, state http.ConnState) {
+func (c *connectionLimit) changed(conn net.Conn, state http.ConnState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if p, ok := c.places[conn]; ok {
-		p.list.Remove(p.Element)
-		delete(c.places, conn)
-	}
+	p := c.places[conn]
 	switch state {
 	case http.StateNew:
 		if len(c.places) >= c.most {
 			c.closeOne()
 		}
-		c.put(conn, &c.waiting)
+		c.places[conn] = &place{&c.waiting, c.waiting.PushBack(conn)}
 	case http.StateIdle:
-		c.put(conn, &c.waiting)
+		p.move(&c.waiting, conn)
 	case http.StateActive:
-		c.put(conn, &c.busy)
+		p.move(&c.busy, conn)
+	default:
+		c.remove(conn)
 	}
 }
 
-func (c *connections) put(conn net.Conn, l *list.List) {
-	c.places[conn] = place{l, l.PushBack(conn)}
+// move puts a connection at the end of a list; nil is one that was closed.
+func (p *place) move(to *list.List, conn net.Conn) {
+	if p != nil {
+		p.list.Remove(p.Element)
+		p.list, p.Element = to, to.PushBack(conn)
+	}
 }
 
-func (c *connections) closeOne() {
+func (c *connectionLimit) remove(conn net.Conn) {
+	if p := c.places[conn]; p != nil {
+		p.list.Remove(p.Element)
+		delete(c.places, conn)
+	}
+}
+
+func (c *connectionLimit) closeOne() {
 	victim := c.waiting.Front()
 	if victim == nil {
 		victim = c.busy.Front()
 	}
 	conn := victim.Value.(net.Conn)
-	p := c.places[conn]
-	p.list.Remove(p.Element)
-	delete(c.places, conn)
+	c.remove(conn)
 	if secured, ok := conn.(*tls.Conn); ok {
 		conn = secured.NetConn() // tls.Conn.Close would wait for the caller to read its good-bye
 	}

@@ -113,7 +113,7 @@ func TestSlowLargeAnswerGivesWay(t *testing.T) {
 func TestConnections(t *testing.T) {
 	t.Parallel()
 	log := new(syncBuffer)
-	c := newConnections(0, slog.New(slog.NewTextHandler(log, nil)))
+	c := newConnectionLimit(0, slog.New(slog.NewTextHandler(log, nil)))
 	c.most = 3
 	conns := make(map[string]net.Conn)
 	arrive := func(name string) {

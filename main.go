@@ -228,6 +228,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	defer listener.Close()
 	h := &health{store: s}
 	var conns connections
+	limit := newConnectionLimit(2*cfg.dbMaxConns+64, log) // a statement that is cancelled takes two
 	server := &http.Server{
 		Handler:           newHandler(cfg, s, h, log),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -235,9 +236,11 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the answer
 		IdleTimeout:       120 * time.Second,
 		MaxHeaderBytes:    32 << 10,
-		ConnState:         newConnections(2*cfg.dbMaxConns+64, log).changed, // a connection that is cancelled takes two
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ConnState:         conns.track,
+		ConnState: func(c net.Conn, state http.ConnState) {
+			limit.changed(c, state)
+			conns.track(c, state)
+		},
 
 		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
 	}
