@@ -205,7 +205,7 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 	if err != nil {
 		t.Skip("slowhttptest is not installed (apt-get install slowhttptest)")
 	}
-	const good, conns, answers = 50, 1000, 10_000
+	const good, conns, answers = 50, 1000, 25_000
 	status := regexp.MustCompile(`(connected|error|closed):\s*\x1b\[[\d;]*m\s*(\d+)`) // in colours
 	for _, mode := range []struct{ name, args string }{
 		{"slow headers", "-H -i 2"},
@@ -220,11 +220,16 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 			path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
 			normal := returnsToNormal(t, poolConns)
 			l := startSteadyLoad(s, good, path)
-			before := l.rate(t, answers)
+			cost := func() (rate float64, each time.Duration) { // the processor time of an answer, client and all
+				from, used := l.answers.Load(), processorTime()
+				rate = l.rate(t, answers)
+				return rate, (processorTime() - used) / time.Duration(l.answers.Load()-from)
+			}
+			before, eachBefore := cost()
 
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			args := fmt.Sprintf("%s -c %d -r 200 -l 60 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
+			args := fmt.Sprintf("%s -c %d -r 250 -l 60 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
 			attack := exec.CommandContext(ctx, "stdbuf", append([]string{"-oL", program}, strings.Fields(args)...)...)
 			attack.Dir = t.TempDir() // it writes files
 			output := new(syncBuffer)
@@ -244,14 +249,15 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 				return opened >= conns
 			})
 			most := openFiles(os.Getpid()) - files
-			during, memory := l.rate(t, answers), residentMB(os.Getpid())
+			during, eachDuring := cost()
+			memory := residentMB(os.Getpid())
 			cancel()
 			attack.Wait()
+			after, _ := cost()
 			l.end()
-			after := startSteadyLoad(s, good, path)
-			t.Logf("%s, %d of them still open: %.0f answers/s before, %.0f during (%.0f %%), %.0f after; %d other than 200; %d MB resident",
-				mode.name, most, before, during, 100*during/before, after.rate(t, answers), l.others.Load(), memory)
-			after.stop(t)
+			t.Logf("%s, %d of them still open: %.0f answers/s before, %.0f during (%.0f %%), %.0f after; %v of processor time each before, %v during, and %v for the attacker; %d other than 200; %d MB resident",
+				mode.name, most, before, during, 100*during/before, after, eachBefore, eachDuring,
+				attack.ProcessState.UserTime()+attack.ProcessState.SystemTime(), l.others.Load(), memory)
 			normal()
 		})
 	}
