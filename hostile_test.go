@@ -28,9 +28,9 @@ import (
 
 func fullChaos() bool { return os.Getenv("ROLLCALL_CHAOS") != "" }
 
-// openFiles returns the number of a process's file descriptors, 0 where there
+// countFiles returns the number of a process's file descriptors, 0 where there
 // is no /proc.
-func openFiles(pid int) int {
+func countFiles(pid int) int {
 	files, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	return len(files)
 }
@@ -50,13 +50,13 @@ func residentMB(pid int) int {
 // must not run beside others.
 func returnsToNormal(t testing.TB, poolConns int) (wait func()) {
 	client.CloseIdleConnections()
-	goroutines, files := runtime.NumGoroutine(), openFiles(os.Getpid())
+	goroutines, files := runtime.NumGoroutine(), countFiles(os.Getpid())
 	return func() {
 		t.Helper()
 		client.CloseIdleConnections()
 		waitFor(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= goroutines })
 		// The pool keeps the connections to PostgreSQL that it has opened meanwhile.
-		waitFor(t, "the file descriptors to be closed", func() bool { return openFiles(os.Getpid()) <= files+poolConns })
+		waitFor(t, "the file descriptors to be closed", func() bool { return countFiles(os.Getpid()) <= files+poolConns })
 	}
 }
 
@@ -234,7 +234,7 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 			attack.Dir = t.TempDir() // it writes files
 			output := new(syncBuffer)
 			attack.Stdout = output
-			files := openFiles(os.Getpid())
+			files := countFiles(os.Getpid())
 			if err := attack.Start(); err != nil {
 				t.Fatal(err)
 			}
@@ -248,7 +248,7 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 				}
 				return opened >= conns
 			})
-			most := openFiles(os.Getpid()) - files
+			most := countFiles(os.Getpid()) - files
 			during, eachDuring := cost()
 			memory := residentMB(os.Getpid())
 			cancel()

@@ -209,7 +209,7 @@ func percentile(values []time.Duration, p int) time.Duration {
 
 func (p *process) residentMB() int { return residentMB(p.cmd.Process.Pid) }
 
-func (p *process) openFiles() int { return openFiles(p.cmd.Process.Pid) }
+func (p *process) openFiles() int { return countFiles(p.cmd.Process.Pid) }
 
 // What a connection costs, measured.
 func TestChaosMemory(t *testing.T) {
