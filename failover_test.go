@@ -1,0 +1,424 @@
+package main
+
+import (
+	"bytes"
+	"database/sql"
+	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// Two PostgreSQL, of which the second takes over when the first fails: reached
+// by their addresses, through HAProxy, and one of them through PgBouncer. The
+// configurations are those of README.md, word for word.
+
+// A node is a PostgreSQL that listens on 127.0.0.1.
+type node struct {
+	*devDatabase
+	t    testing.TB
+	port string
+	db   *sql.DB // for the test itself
+}
+
+// newNode makes the folder of a node, still without data. It is gone with the test.
+func newNode(t testing.TB, port string) *node {
+	t.Helper()
+	n := &node{t: t, port: port, devDatabase: &devDatabase{dir: t.TempDir()}}
+	t.Cleanup(func() {
+		if n.db != nil {
+			n.db.Close()
+		}
+		n.stop() // how it ends is no matter: the data goes too
+	})
+	err := n.openFolder(t.Context())
+	if err == nil {
+		n.programs, err = findPrograms(programFolders(), 0)
+	}
+	if err == nil { // where one of them is a link, as a link to it alone, the others are beside what it leads to
+		n.programs, err = filepath.EvalSymlinks(filepath.Join(n.programs, "initdb"))
+		n.programs = filepath.Dir(n.programs)
+	}
+	if err == nil {
+		n.db, err = sql.Open("postgres", "postgres://rollcall@127.0.0.1:"+port+"/rollcall?sslmode=disable&application_name=test")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// newPrimary starts a node with an empty database.
+func newPrimary(t testing.TB) *node {
+	t.Helper()
+	n := newNode(t, freePort(t))
+	if err := n.initialize(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	n.serve()
+	admin, err := sql.Open("postgres", "postgres://rollcall@127.0.0.1:"+n.port+"/postgres?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close()
+	waitFor(t, "PostgreSQL", func() bool { return admin.Ping() == nil })
+	mustExec(t, admin, "CREATE DATABASE rollcall")
+	mustExec(t, admin, "CREATE ROLE haproxy LOGIN")
+	return n
+}
+
+// serve starts the server, and does not wait until it answers.
+func (n *node) serve() {
+	n.t.Helper()
+	// What a killed server leaves. Its processes are gone: see kill.
+	if err := os.Remove(n.path("data/postmaster.pid")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.t.Fatal(err)
+	}
+	var err error
+	n.server, err = n.start("postgres", "-D", n.path("data"), "-c", "listen_addresses=127.0.0.1", "-c", "port="+n.port,
+		"-c", "unix_socket_directories=", "-c", "max_connections=200",
+		"-c", "fsync=off", // kill -9 takes nothing back from the kernel
+		"-c", "dynamic_shared_memory_type=mmap") // in the folder, to go with it
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// replicate starts a standby of n on that port, and makes it synchronous: a
+// commit is acknowledged when it is on both. The setting is n's alone, so that
+// a standby that is promoted does not wait for a standby of its own.
+func (n *node) replicate(port string) *node {
+	n.t.Helper()
+	standby := newNode(n.t, port)
+	standby.run("pg_basebackup", "-h", "127.0.0.1", "-p", n.port, "-U", "rollcall", "-D", standby.path("data"),
+		"-R", "-c", "fast", "--no-sync")
+	standby.serve()
+	n.waitTrue("SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
+	mustExec(n.t, n.db, "ALTER SYSTEM SET synchronous_standby_names = '*'")
+	mustExec(n.t, n.db, "SELECT pg_reload_conf()")
+	n.waitTrue("SELECT sync_state = 'sync' FROM pg_stat_replication")
+	standby.waitTrue("SELECT pg_is_in_recovery()")
+	return standby
+}
+
+// promote makes a standby the primary, and returns when it is.
+func (n *node) promote() {
+	n.t.Helper()
+	n.run("pg_ctl", "promote", "-D", n.path("data"))
+}
+
+// run runs one of PostgreSQL's programs to its end.
+func (n *node) run(program string, args ...string) {
+	n.t.Helper()
+	p, err := n.start(program, args...)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if <-p.done; p.err != nil {
+		n.t.Fatal(n.failure(program, p.err))
+	}
+}
+
+// waitTrue waits until the node answers a question with true.
+func (n *node) waitTrue(query string) {
+	n.t.Helper()
+	waitFor(n.t, query, func() (yes bool) { return n.db.QueryRow(query).Scan(&yes) == nil && yes })
+}
+
+// kill is kill -9 of all processes of the server, at the same moment: the first
+// of them is held, so that it neither sees the others die nor starts new ones.
+func (n *node) kill() {
+	n.t.Helper()
+	pid := n.server.cmd.Process.Pid
+	syscall.Kill(pid, syscall.SIGSTOP)
+	for _, child := range childrenOf(pid) {
+		syscall.Kill(child, syscall.SIGKILL)
+	}
+	syscall.Kill(pid, syscall.SIGKILL)
+	<-n.exited()
+	// The kernel keeps the memory by which a next server would see that this one
+	// still runs. None may come, and it is not to be kept for good: its number is
+	// the last on the seventh line.
+	b, err := os.ReadFile(n.path("data/postmaster.pid"))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if lines := strings.Split(string(b), "\n"); len(lines) > 6 {
+		if fields := strings.Fields(lines[6]); len(fields) == 2 {
+			exec.Command("ipcrm", "-m", fields[1]).Run() // as good as can be: it is 56 bytes
+		}
+	}
+}
+
+// childrenOf returns the processes that a process has started, as far as /proc
+// tells (proc_pid_stat(5)). Elsewhere than on Linux that is none: there,
+// PostgreSQL's see the first one die, and end by themselves.
+func childrenOf(pid int) (children []int) {
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat") // its only error is a bad pattern
+	for _, name := range stats {
+		stat, err := os.ReadFile(name)
+		if err != nil {
+			continue // it has just ended
+		}
+		child, _, _ := strings.Cut(string(stat), " ")
+		rest := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])) // state, parent, ...
+		if len(rest) > 1 && rest[1] == strconv.Itoa(pid) {
+			if n, err := strconv.Atoi(child); err == nil {
+				children = append(children, n)
+			}
+		}
+	}
+	return children
+}
+
+// freePort returns a port of 127.0.0.1 that nobody listens on.
+func freePort(t testing.TB) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// readmeBlock returns the line of README.md that begins with this text, and what
+// follows it up to the end of its indented block, without the indentation. Of
+// replacements, each text and what to write instead, all have to be in there.
+func readmeBlock(t testing.TB, first string, replacements ...string) string {
+	t.Helper()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, found := strings.Cut(string(readme), "\n    "+first)
+	if !found {
+		t.Fatalf("README.md has no block with a line that begins with %s", first)
+	}
+	var block strings.Builder
+	for line := range strings.Lines("    " + first + rest) {
+		text, indented := strings.CutPrefix(line, "    ")
+		if !indented && strings.TrimSpace(line) != "" {
+			break
+		}
+		block.WriteString(strings.TrimSpace(text) + "\n")
+	}
+	for i := 0; i < len(replacements); i += 2 {
+		if !strings.Contains(block.String(), replacements[i]) {
+			t.Fatalf("README.md: no %s in\n%s", replacements[i], block.String())
+		}
+	}
+	return strings.NewReplacer(replacements...).Replace(block.String())
+}
+
+// startProxy runs a program of Debian's, that is installed by its own name, with
+// this file as its configuration, as the user that PostgreSQL runs as, until the
+// test ends; and returns when it listens on that port.
+func startProxy(t testing.TB, n *node, port, program, configuration string, args ...string) {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		path = "/usr/sbin/" + program // not on everybody's PATH
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Skipf("%s is not installed: apt-get install %[1]s", program)
+	}
+	file := n.path(program + ".conf")
+	if err := os.WriteFile(file, []byte(configuration), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(n.path(program + ".log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(n.own(file), n.own(log.Name())); err != nil {
+		t.Fatal(err)
+	}
+	proxy := devDatabase{account: n.account, programs: filepath.Dir(path), log: log}
+	p, err := proxy.start(program, append(args, file)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.stop()
+		log.Close()
+		if content, _ := os.ReadFile(log.Name()); t.Failed() {
+			t.Logf("%s:\n%s", program, content[max(0, len(content)-8<<10):])
+		}
+	})
+	waitFor(t, program+" to listen", func() bool {
+		c, err := net.Dial("tcp", "127.0.0.1:"+port)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+}
+
+// twoHosts is the configuration of a service that knows both nodes.
+func twoHosts(t testing.TB, a, b *node) map[string]string {
+	t.Helper()
+	line := readmeBlock(t, "DATABASE_URL=postgres://rollcall:secret@10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+a.port, "10.0.0.2", "127.0.0.1:"+b.port)
+	_, url, _ := strings.Cut(strings.TrimSpace(line), "=")
+	return testEnv(url)
+}
+
+// chaosConns is how many clients a test has, and chaosCalls how many answers it
+// waits for between its faults.
+func chaosConns() (conns, calls int) {
+	if os.Getenv("ROLLCALL_CHAOS") != "" {
+		return 64, 5000
+	}
+	return 16, 500
+}
+
+// The primary dies and the standby takes over, again and again: the dead one
+// comes back as the new one's standby.
+func TestChaosFailover(t *testing.T) {
+	rounds := chaosRounds(t, 5, 1)
+	conns, calls := chaosConns()
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	s := startService(t, twoHosts(t, primary, standby))
+	s.waitReady()
+	l := startLoad(t, s.url, conns)
+	for round := range rounds {
+		if round > 0 {
+			standby = primary.replicate(standby.port)
+		}
+		l.wait(calls)
+		primary.kill()
+		standby.promote()
+		primary, standby = standby, primary
+		l.wait(calls)
+	}
+	o := l.stop(primary.db)
+	o.faults = rounds
+	o.want(t, "primary killed, standby promoted")
+}
+
+// The primary becomes read-only before the standby takes over, as in a planned
+// change. It lives on, and answers whoever has a connection; so no connection
+// may be kept, or what it answers is out of date.
+func TestChaosReadOnly(t *testing.T) {
+	rounds := chaosRounds(t, 5, 1)
+	conns, calls := chaosConns()
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	s := startService(t, twoHosts(t, primary, standby))
+	s.waitReady()
+	l := startLoad(t, s.url, conns)
+	for round := range rounds {
+		if round > 0 {
+			standby.stop()
+			standby = primary.replicate(standby.port)
+		}
+		l.wait(calls)
+		primary.demote(standby)
+		standby.promote()
+		l.wait(calls)
+		primary.waitTrue("SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = 'rollcall'")
+		primary, standby = standby, primary
+	}
+	o := l.stop(primary.db)
+	o.faults = rounds
+	o.want(t, "primary turned read-only, standby promoted")
+}
+
+// demote makes a primary read-only, and returns when the standby has all that
+// was ever written to it.
+func (n *node) demote(standby *node) {
+	n.t.Helper()
+	mustExec(n.t, n.db, "ALTER SYSTEM SET default_transaction_read_only = on")
+	mustExec(n.t, n.db, "SELECT pg_reload_conf()")
+	// A new session that has the setting shows that all others have been told. What
+	// they have begun before, they may still write.
+	waitFor(n.t, "the primary to be read-only", func() bool {
+		n.db.SetMaxIdleConns(0)
+		var writes int
+		var readOnly string
+		err := errors.Join(n.db.QueryRow("SHOW default_transaction_read_only").Scan(&readOnly),
+			n.db.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE backend_xid IS NOT NULL").Scan(&writes))
+		return err == nil && readOnly == "on" && writes == 0
+	})
+	var position string
+	if err := n.db.QueryRow("SELECT pg_current_wal_lsn()").Scan(&position); err != nil {
+		n.t.Fatal(err)
+	}
+	standby.waitTrue("SELECT pg_last_wal_replay_lsn() >= '" + position + "'::pg_lsn")
+}
+
+// HAProxy finds the node that can be written to.
+func TestChaosHAProxy(t *testing.T) {
+	rounds := chaosRounds(t, 5, 1)
+	conns, calls := chaosConns()
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	port := freePort(t)
+	startProxy(t, primary, port, "haproxy", readmeBlock(t, "# haproxy.cfg",
+		"10.0.0.1:5432", "127.0.0.1:"+primary.port, "10.0.0.2:5432", "127.0.0.1:"+standby.port,
+		"127.0.0.1:5433", "127.0.0.1:"+port), "-db", "-f")
+	s := startService(t, testEnv("postgres://rollcall@127.0.0.1:"+port+"/rollcall?sslmode=disable"))
+	s.waitReady()
+	l := startLoad(t, s.url, conns)
+	for round := range rounds {
+		if round > 0 {
+			standby = primary.replicate(standby.port)
+		}
+		l.wait(calls)
+		primary.kill()
+		standby.promote()
+		primary, standby = standby, primary
+		l.wait(calls)
+	}
+	o := l.stop(primary.db)
+	o.faults = rounds
+	o.want(t, "HAProxy: primary killed, standby promoted")
+}
+
+// PostgreSQL is killed and restarted, in turns, behind PgBouncer.
+func TestChaosPgBouncer(t *testing.T) {
+	rounds := chaosRounds(t, 10, 2)
+	conns, calls := chaosConns()
+	server := newPrimary(t)
+	port := freePort(t)
+	users := server.path("userlist.txt")
+	if err := os.WriteFile(users, []byte(`"rollcall" "secret"`+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := server.own(users); err != nil {
+		t.Fatal(err)
+	}
+	startProxy(t, server, port, "pgbouncer", readmeBlock(t, "; pgbouncer.ini",
+		"host=10.0.0.1 port=5432", "host=127.0.0.1 port="+server.port, "listen_port = 6432", "listen_port = "+port,
+		"/etc/pgbouncer/userlist.txt", users))
+	line := readmeBlock(t, "DATABASE_URL=postgres://rollcall:secret@127.0.0.1:6432", "6432", port)
+	_, url, _ := strings.Cut(strings.TrimSpace(line), "=")
+	s := startService(t, testEnv(url))
+	s.waitReady()
+	l := startLoad(t, s.url, conns)
+	for round := range rounds {
+		l.wait(calls)
+		if round%2 == 0 {
+			server.kill()
+		} else {
+			server.server.stop()
+		}
+		server.serve()
+		l.wait(calls)
+	}
+	o := l.stop(server.db)
+	o.faults = rounds
+	o.want(t, "PgBouncer: PostgreSQL killed, or restarted")
+}
