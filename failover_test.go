@@ -83,6 +83,7 @@ func (n *node) serve() {
 	var err error
 	n.server, err = n.start("postgres", "-D", n.path("data"), "-c", "listen_addresses=127.0.0.1", "-c", "port="+n.port,
 		"-c", "unix_socket_directories=", "-c", "max_connections=200",
+		"-c", "wal_retrieve_retry_interval=500ms", // as README.md has it: a standby that waits for more is promoted after that
 		"-c", "fsync=off", // kill -9 takes nothing back from the kernel
 		"-c", "dynamic_shared_memory_type=mmap") // in the folder, to go with it
 	if err != nil {
@@ -265,13 +266,12 @@ func startProxy(t testing.TB, n *node, port, program, configuration string, args
 	})
 }
 
-// twoHosts is the configuration of a service that knows both nodes.
-func twoHosts(t testing.TB, a, b *node) map[string]string {
+// databaseURLOf returns the DATABASE_URL of README.md for that host.
+func databaseURLOf(t testing.TB, host string, replacements ...string) string {
 	t.Helper()
-	line := readmeBlock(t, "DATABASE_URL=postgres://rollcall:secret@10.0.0.1",
-		"10.0.0.1", "127.0.0.1:"+a.port, "10.0.0.2", "127.0.0.1:"+b.port)
-	_, url, _ := strings.Cut(strings.TrimSpace(line), "=")
-	return testEnv(url)
+	name := "DATABASE_URL="
+	line := readmeBlock(t, name+"postgres://rollcall:secret@"+host, replacements...)
+	return strings.TrimPrefix(strings.TrimSpace(line), name)
 }
 
 // chaosConns is how many clients a test has, and chaosCalls how many answers it
@@ -290,7 +290,8 @@ func TestChaosFailover(t *testing.T) {
 	conns, calls := chaosConns()
 	primary := newPrimary(t)
 	standby := primary.replicate(freePort(t))
-	s := startService(t, twoHosts(t, primary, standby))
+	s := startService(t, testEnv(databaseURLOf(t, "10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port)))
 	s.waitReady()
 	l := startLoad(t, s.url, conns)
 	for round := range rounds {
@@ -316,7 +317,8 @@ func TestChaosReadOnly(t *testing.T) {
 	conns, calls := chaosConns()
 	primary := newPrimary(t)
 	standby := primary.replicate(freePort(t))
-	s := startService(t, twoHosts(t, primary, standby))
+	s := startService(t, testEnv(databaseURLOf(t, "10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port)))
 	s.waitReady()
 	l := startLoad(t, s.url, conns)
 	for round := range rounds {
@@ -369,7 +371,7 @@ func TestChaosHAProxy(t *testing.T) {
 	startProxy(t, primary, port, "haproxy", readmeBlock(t, "# haproxy.cfg",
 		"10.0.0.1:5432", "127.0.0.1:"+primary.port, "10.0.0.2:5432", "127.0.0.1:"+standby.port,
 		"127.0.0.1:5433", "127.0.0.1:"+port), "-db", "-f")
-	s := startService(t, testEnv("postgres://rollcall@127.0.0.1:"+port+"/rollcall?sslmode=disable"))
+	s := startService(t, testEnv(databaseURLOf(t, "127.0.0.1:5433", "5433", port)))
 	s.waitReady()
 	l := startLoad(t, s.url, conns)
 	for round := range rounds {
@@ -403,9 +405,7 @@ func TestChaosPgBouncer(t *testing.T) {
 	startProxy(t, server, port, "pgbouncer", readmeBlock(t, "; pgbouncer.ini",
 		"host=10.0.0.1 port=5432", "host=127.0.0.1 port="+server.port, "listen_port = 6432", "listen_port = "+port,
 		"/etc/pgbouncer/userlist.txt", users))
-	line := readmeBlock(t, "DATABASE_URL=postgres://rollcall:secret@127.0.0.1:6432", "6432", port)
-	_, url, _ := strings.Cut(strings.TrimSpace(line), "=")
-	s := startService(t, testEnv(url))
+	s := startService(t, testEnv(databaseURLOf(t, "127.0.0.1:6432", "6432", port)))
 	s.waitReady()
 	l := startLoad(t, s.url, conns)
 	for round := range rounds {
