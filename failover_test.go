@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"database/sql"
 	"errors"
 	"io/fs"
@@ -9,9 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
+	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 )
 
@@ -22,13 +20,13 @@ import (
 // A node is a PostgreSQL that listens on 127.0.0.1.
 type node struct {
 	*devDatabase
-	t    testing.TB
+	t    *testing.T
 	port string
 	db   *sql.DB // for the test itself
 }
 
 // newNode makes the folder of a node, still without data. It is gone with the test.
-func newNode(t testing.TB, port string) *node {
+func newNode(t *testing.T, port string) *node {
 	t.Helper()
 	n := &node{t: t, port: port, devDatabase: &devDatabase{dir: t.TempDir()}}
 	t.Cleanup(func() {
@@ -55,7 +53,7 @@ func newNode(t testing.TB, port string) *node {
 }
 
 // newPrimary starts a node with an empty database.
-func newPrimary(t testing.TB) *node {
+func newPrimary(t *testing.T) *node {
 	t.Helper()
 	n := newNode(t, freePort(t))
 	if err := n.initialize(t.Context()); err != nil {
@@ -76,7 +74,7 @@ func newPrimary(t testing.TB) *node {
 // serve starts the server, and does not wait until it answers.
 func (n *node) serve() {
 	n.t.Helper()
-	// What a killed server leaves. Its processes are gone: see kill.
+	// What a killed server leaves; its processes are gone.
 	if err := os.Remove(n.path("data/postmaster.pid")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		n.t.Fatal(err)
 	}
@@ -132,50 +130,22 @@ func (n *node) waitTrue(query string) {
 	waitFor(n.t, query, func() (yes bool) { return n.db.QueryRow(query).Scan(&yes) == nil && yes })
 }
 
-// kill is kill -9 of all processes of the server, at the same moment: the first
-// of them is held, so that it neither sees the others die nor starts new ones.
+// kill kills all processes of the server at once, for good.
 func (n *node) kill() {
 	n.t.Helper()
-	pid := n.server.cmd.Process.Pid
-	syscall.Kill(pid, syscall.SIGSTOP)
-	for _, child := range childrenOf(pid) {
-		syscall.Kill(child, syscall.SIGKILL)
-	}
-	syscall.Kill(pid, syscall.SIGKILL)
-	<-n.exited()
+	killDatabase(n.t, n.devDatabase)
 	// The kernel keeps the memory by which a next server would see that this one
-	// still runs. None may come, and it is not to be kept for good: its number is
-	// the last on the seventh line.
+	// still runs. It is not to be kept for ever: its number is the last on the
+	// seventh line.
 	b, err := os.ReadFile(n.path("data/postmaster.pid"))
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	if lines := strings.Split(string(b), "\n"); len(lines) > 6 {
 		if fields := strings.Fields(lines[6]); len(fields) == 2 {
-			exec.Command("ipcrm", "-m", fields[1]).Run() // as good as can be: it is 56 bytes
+			exec.Command("ipcrm", "-m", fields[1]).Run() // without it, 56 bytes are lost
 		}
 	}
-}
-
-// childrenOf returns the processes that a process has started, as far as /proc
-// tells (proc_pid_stat(5)). Elsewhere than on Linux that is none: there,
-// PostgreSQL's see the first one die, and end by themselves.
-func childrenOf(pid int) (children []int) {
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat") // its only error is a bad pattern
-	for _, name := range stats {
-		stat, err := os.ReadFile(name)
-		if err != nil {
-			continue // it has just ended
-		}
-		child, _, _ := strings.Cut(string(stat), " ")
-		rest := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])) // state, parent, ...
-		if len(rest) > 1 && rest[1] == strconv.Itoa(pid) {
-			if n, err := strconv.Atoi(child); err == nil {
-				children = append(children, n)
-			}
-		}
-	}
-	return children
 }
 
 // freePort returns a port of 127.0.0.1 that nobody listens on.
@@ -222,18 +192,26 @@ func readmeBlock(t testing.TB, first string, replacements ...string) string {
 	return strings.NewReplacer(replacements...).Replace(block.String())
 }
 
-// startProxy runs a program of Debian's, that is installed by its own name, with
-// this file as its configuration, as the user that PostgreSQL runs as, until the
-// test ends; and returns when it listens on that port.
-func startProxy(t testing.TB, n *node, port, program, configuration string, args ...string) {
+// findProxy returns the path of a program of Debian's whose package has its
+// name, and skips the test without it.
+func findProxy(t *testing.T, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
-	if err != nil {
-		path = "/usr/sbin/" + program // not on everybody's PATH
+	if err != nil { // Debian has them where not every user's PATH leads
+		path, err = exec.LookPath("/usr/sbin/" + program)
 	}
-	if _, err := os.Stat(path); err != nil {
+	if err != nil {
 		t.Skipf("%s is not installed: apt-get install %[1]s", program)
 	}
+	return path
+}
+
+// startProxy runs the program at path with this configuration, as the user that
+// PostgreSQL runs as, until the test ends; and returns when it listens on that
+// port.
+func startProxy(t *testing.T, n *node, port, path, configuration string, args ...string) {
+	t.Helper()
+	program := filepath.Base(path)
 	file := n.path(program + ".conf")
 	if err := os.WriteFile(file, []byte(configuration), 0o600); err != nil {
 		t.Fatal(err)
@@ -274,26 +252,38 @@ func databaseURLOf(t testing.TB, host string, replacements ...string) string {
 	return strings.TrimPrefix(strings.TrimSpace(line), name)
 }
 
-// chaosConns is how many clients a test has, and chaosCalls how many answers it
-// waits for between its faults.
-func chaosConns() (conns, calls int) {
-	if os.Getenv("ROLLCALL_CHAOS") != "" {
-		return 64, 5000
+// startFailover starts a service and the load on it, and returns how many
+// answers to wait for between two faults. The full form is with the defaults.
+func startFailover(t *testing.T, databaseURL string) (l *load, calls int) {
+	t.Helper()
+	env := testEnv(databaseURL)
+	calls = 3000
+	if os.Getenv("ROLLCALL_CHAOS") == "" { // beside other tests
+		env["REQUEST_TIMEOUT"] = "30s"
+		calls = 500
 	}
-	return 16, 500
+	s := startService(t, env)
+	s.waitReady()
+	return startLoad(t, s.url, chaosConns), calls
+}
+
+// onlyLinux skips a test where killDatabase does not find the processes.
+func onlyLinux(t *testing.T) {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("finds the processes of PostgreSQL in /proc, which only Linux has")
+	}
 }
 
 // The primary dies and the standby takes over, again and again: the dead one
 // comes back as the new one's standby.
 func TestChaosFailover(t *testing.T) {
+	onlyLinux(t)
 	rounds := chaosRounds(t, 5, 1)
-	conns, calls := chaosConns()
 	primary := newPrimary(t)
 	standby := primary.replicate(freePort(t))
-	s := startService(t, testEnv(databaseURLOf(t, "10.0.0.1",
-		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port)))
-	s.waitReady()
-	l := startLoad(t, s.url, conns)
+	l, calls := startFailover(t, databaseURLOf(t, "10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port))
 	for round := range rounds {
 		if round > 0 {
 			standby = primary.replicate(standby.port)
@@ -314,13 +304,10 @@ func TestChaosFailover(t *testing.T) {
 // may be kept, or what it answers is out of date.
 func TestChaosReadOnly(t *testing.T) {
 	rounds := chaosRounds(t, 5, 1)
-	conns, calls := chaosConns()
 	primary := newPrimary(t)
 	standby := primary.replicate(freePort(t))
-	s := startService(t, testEnv(databaseURLOf(t, "10.0.0.1",
-		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port)))
-	s.waitReady()
-	l := startLoad(t, s.url, conns)
+	l, calls := startFailover(t, databaseURLOf(t, "10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port))
 	for round := range rounds {
 		if round > 0 {
 			standby.stop()
@@ -346,8 +333,8 @@ func (n *node) demote(standby *node) {
 	mustExec(n.t, n.db, "SELECT pg_reload_conf()")
 	// A new session that has the setting shows that all others have been told. What
 	// they have begun before, they may still write.
+	n.db.SetMaxIdleConns(0)
 	waitFor(n.t, "the primary to be read-only", func() bool {
-		n.db.SetMaxIdleConns(0)
 		var writes int
 		var readOnly string
 		err := errors.Join(n.db.QueryRow("SHOW default_transaction_read_only").Scan(&readOnly),
@@ -363,17 +350,16 @@ func (n *node) demote(standby *node) {
 
 // HAProxy finds the node that can be written to.
 func TestChaosHAProxy(t *testing.T) {
+	onlyLinux(t)
+	haproxy := findProxy(t, "haproxy")
 	rounds := chaosRounds(t, 5, 1)
-	conns, calls := chaosConns()
 	primary := newPrimary(t)
 	standby := primary.replicate(freePort(t))
 	port := freePort(t)
-	startProxy(t, primary, port, "haproxy", readmeBlock(t, "# haproxy.cfg",
+	startProxy(t, primary, port, haproxy, readmeBlock(t, "# haproxy.cfg",
 		"10.0.0.1:5432", "127.0.0.1:"+primary.port, "10.0.0.2:5432", "127.0.0.1:"+standby.port,
 		"127.0.0.1:5433", "127.0.0.1:"+port), "-db", "-f")
-	s := startService(t, testEnv(databaseURLOf(t, "127.0.0.1:5433", "5433", port)))
-	s.waitReady()
-	l := startLoad(t, s.url, conns)
+	l, calls := startFailover(t, databaseURLOf(t, "127.0.0.1:5433", "5433", port))
 	for round := range rounds {
 		if round > 0 {
 			standby = primary.replicate(standby.port)
@@ -391,8 +377,9 @@ func TestChaosHAProxy(t *testing.T) {
 
 // PostgreSQL is killed and restarted, in turns, behind PgBouncer.
 func TestChaosPgBouncer(t *testing.T) {
+	onlyLinux(t)
+	pgbouncer := findProxy(t, "pgbouncer")
 	rounds := chaosRounds(t, 10, 2)
-	conns, calls := chaosConns()
 	server := newPrimary(t)
 	port := freePort(t)
 	users := server.path("userlist.txt")
@@ -402,12 +389,10 @@ func TestChaosPgBouncer(t *testing.T) {
 	if err := server.own(users); err != nil {
 		t.Fatal(err)
 	}
-	startProxy(t, server, port, "pgbouncer", readmeBlock(t, "; pgbouncer.ini",
+	startProxy(t, server, port, pgbouncer, readmeBlock(t, "; pgbouncer.ini",
 		"host=10.0.0.1 port=5432", "host=127.0.0.1 port="+server.port, "listen_port = 6432", "listen_port = "+port,
 		"/etc/pgbouncer/userlist.txt", users))
-	s := startService(t, testEnv(databaseURLOf(t, "127.0.0.1:6432", "6432", port)))
-	s.waitReady()
-	l := startLoad(t, s.url, conns)
+	l, calls := startFailover(t, databaseURLOf(t, "127.0.0.1:6432", "6432", port))
 	for round := range rounds {
 		l.wait(calls)
 		if round%2 == 0 {
