@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -406,4 +407,47 @@ func TestChaosPgBouncer(t *testing.T) {
 	o := l.stop(server.db)
 	o.faults = rounds
 	o.want(t, "PgBouncer: PostgreSQL killed, or restarted")
+}
+
+// The connection breaks while a commit waits for the standby. PostgreSQL then
+// shows what it has not replicated, and a repeat that finds it there must not
+// take it for done: were the standby promoted now, it would be lost.
+func TestRepeatWaitsForStandby(t *testing.T) {
+	onlyLinux(t)
+	t.Parallel()
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	s := startService(t, testEnv(databaseURLOf(t, "10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port), "REQUEST_TIMEOUT=30s"))
+	s.waitReady()
+	receiver := 0 // of what the primary sends
+	if err := standby.db.QueryRow("SELECT pid FROM pg_stat_wal_receiver").Scan(&receiver); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(receiver, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Kill(receiver, syscall.SIGCONT) })
+	created := make(chan answer, 1)
+	go func() {
+		a, _ := s.try("POST", usersPath, `{"email":"a@example.com","name":"x"}`)
+		created <- a
+	}()
+	waiting := "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+	primary.waitTrue(waiting)
+	mustExec(t, primary.db, "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+	waitFor(t, "the repeat to wait for the standby", func() (yes bool) {
+		select {
+		case a := <-created:
+			t.Fatalf("acknowledged what the standby does not have: %d %s", a.status, a.body)
+		default:
+		}
+		return primary.db.QueryRow(waiting).Scan(&yes) == nil && yes
+	})
+	if err := syscall.Kill(receiver, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	a := <-created
+	a.user(t)
+	standby.waitTrue("SELECT count(*) = 1 FROM users") // it has it, but may still have to read it
 }

@@ -398,18 +398,24 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 // What was sent to it may still lie in a buffer on the way: once there is nobody
 // who could do it late, after what replaces it, it can be repeated.
 func (s *store) end(ctx context.Context, b *backend) error {
-	if b == nil || b.pid == 0 {
+	if b == nil {
 		return nil
 	}
-	var ended bool
-	err := s.db.QueryRowContext(ctx, "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2",
-		b.pid, b.started).Scan(&ended)
-	switch {
-	case errors.Is(err, sql.ErrNoRows): // it has ended, or this is another server
-		return nil
-	case err == nil && !ended:
-		return errStillRuns
+	if b.pid != 0 {
+		var ended bool
+		err := s.db.QueryRowContext(ctx, "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2",
+			b.pid, b.started).Scan(&ended)
+		switch {
+		case errors.Is(err, sql.ErrNoRows): // it has ended, or this is another server
+		case err == nil && !ended:
+			return errStillRuns
+		case err != nil:
+			return err
+		}
 	}
+	// What it has done may be on this server alone: PostgreSQL shows a commit whose
+	// wait for the standby was cut short. A commit of our own waits for all before it.
+	_, err := s.db.ExecContext(ctx, "SELECT pg_logical_emit_message(true, 'rollcall', '')")
 	return err
 }
 
