@@ -45,7 +45,7 @@ func newNode(t *testing.T, port string) *node {
 		n.programs = filepath.Dir(n.programs)
 	}
 	if err == nil {
-		n.db, err = sql.Open("postgres", "postgres://rollcall@127.0.0.1:"+port+"/rollcall?sslmode=disable&application_name=test")
+		n.db, err = sql.Open("postgres", "postgres://rollcall:secret@127.0.0.1:"+port+"/rollcall?sslmode=disable&application_name=test")
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -69,6 +69,13 @@ func newPrimary(t *testing.T) *node {
 	waitFor(t, "PostgreSQL", func() bool { return admin.Ping() == nil })
 	mustExec(t, admin, "CREATE DATABASE rollcall")
 	mustExec(t, admin, "CREATE ROLE haproxy LOGIN")
+	mustExec(t, admin, "ALTER ROLE rollcall PASSWORD 'secret'")
+	access := readmeBlock(t, "# pg_hba.conf", "10.0.0.3/32", "127.0.0.1/32", "10.0.0.0/24", "127.0.0.1/32") +
+		"host replication rollcall 127.0.0.1/32 scram-sha-256\n"
+	if err := os.WriteFile(n.path("data/pg_hba.conf"), []byte(access), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mustExec(t, admin, "SELECT pg_reload_conf()")
 	return n
 }
 
@@ -96,7 +103,7 @@ func (n *node) serve() {
 func (n *node) replicate(port string) *node {
 	n.t.Helper()
 	standby := newNode(n.t, port)
-	standby.run("pg_basebackup", "-h", "127.0.0.1", "-p", n.port, "-U", "rollcall", "-D", standby.path("data"),
+	standby.run("pg_basebackup", "-d", "postgres://rollcall:secret@127.0.0.1:"+n.port, "-D", standby.path("data"),
 		"-R", "-c", "fast", "--no-sync")
 	standby.serve()
 	n.waitTrue("SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
@@ -249,8 +256,8 @@ func startProxy(t *testing.T, n *node, port, path, configuration string, args ..
 func databaseURLOf(t testing.TB, host string, replacements ...string) string {
 	t.Helper()
 	name := "DATABASE_URL="
-	line := readmeBlock(t, name+"postgres://rollcall:secret@"+host, replacements...)
-	return strings.TrimPrefix(strings.TrimSpace(line), name)
+	line, _, _ := strings.Cut(readmeBlock(t, name+"postgres://rollcall:secret@"+host, replacements...), "\n")
+	return strings.TrimPrefix(line, name)
 }
 
 // startFailover starts a service and the load on it, and returns how many
