@@ -86,7 +86,7 @@ func newBatches(s *store) batches {
 
 func (s *store) createMany(ctx context.Context, calls []*call[draft, user]) {
 	if len(calls) == 1 {
-		calls[0].answer, calls[0].err = s.createAlone(ctx, calls[0].ask)
+		calls[0].answer, calls[0].err = s.createAlone(ctx, calls[0].ask, false)
 		return
 	}
 	var ids, emails, names []byte

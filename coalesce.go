@@ -94,7 +94,7 @@ func (c *coalescer[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
 	}
 	if len(c.waiting) >= maxWaiting {
 		c.mu.Unlock()
-		return answer, &failure{kind: kindUnavailable, message: "Too many requests are waiting"}
+		return answer, &failure{kind: kindUnavailable, message: "Too many requests are waiting", cause: errUnsent}
 	}
 	me.done = make(chan struct{})
 	c.waiting = append(c.waiting, me)

@@ -38,10 +38,21 @@ func (e connectError) Unwrap() error { return e.error }
 // Driver completes [driver.Connector].
 func (c *connector) Driver() driver.Driver { return new(pq.Driver) }
 
+// errUnsent is what an error is that came before anything was sent.
+var errUnsent = errors.New("nothing was sent")
+
+// Is says so of all connectErrors.
+func (e connectError) Is(target error) bool { return target == errUnsent }
+
 // Connect connects to one of the configured hosts. All its errors are
 // connectErrors. The limit is set by a statement, since not every pooler lets it
 // be a parameter of the connection.
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	if c.patience != 0 { // ctx may have no deadline: see runOnce
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.patience)
+		defer cancel()
+	}
 	age := c.age.Load()
 	one, err := pq.NewConnectorConfig(c.database)
 	if err != nil {
@@ -53,6 +64,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, connectError{err}
 	}
+	socket := dial.last // to cancel a statement, lib/pq dials again
 	if c.limit != 0 {
 		text := fmt.Sprintf("SET statement_timeout = %d; SET lock_timeout = %d", max(1, c.limit.Milliseconds()), lockPatience.Milliseconds())
 		if _, err := made.(pqConn).ExecContext(ctx, text, nil); err != nil {
@@ -60,7 +72,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 			return nil, connectError{err}
 		}
 	}
-	cn := &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}
+	cn := &conn{pqConn: made.(pqConn), socket: socket, connector: c, age: age}
 	if c.identify {
 		if cn.backend, err = identify(ctx, cn); err != nil {
 			made.Close()
@@ -155,20 +167,29 @@ func (c *conn) ResetSession(ctx context.Context) error {
 // isOver reports whether there is something to read on an idle connection: its
 // end, or what PostgreSQL says before it ends one.
 func isOver(c net.Conn) bool {
-	raw, err := c.(syscall.Conn).SyscallConn()
+	_, err := peek(c)
+	return err != syscall.EAGAIN
+}
+
+// peek returns how much has arrived on a connection that nobody has read, up to
+// one byte. It does not wait: [syscall.EAGAIN] is nothing yet, and 0 without an
+// error is the end.
+func peek(c net.Conn) (n int, err error) {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return 0, errors.ErrUnsupported
+	}
+	raw, err := s.SyscallConn()
 	if err != nil {
-		return true
+		return 0, err
 	}
-	over := true
-	if err := raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		_, err := syscall.Read(int(fd), b[:]) // it does not wait: Go's sockets never do
-		over = err != syscall.EAGAIN && err != syscall.EINTR
-		return true
-	}); err != nil {
-		return true
+	var b [1]byte
+	if closed := raw.Control(func(fd uintptr) { // and not Read, which a deadline that is over would end
+		n, _, err = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	}); closed != nil {
+		return 0, closed
 	}
-	return over
+	return n, err
 }
 
 // A dialer connects to PostgreSQL. Its connections give up on a server that is

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/http"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -80,10 +79,16 @@ func (c *connection) enter(conn net.Conn, state http.ConnState) {
 // idle and no byte of one is there. A deadline does that, and no harm to a request
 // that is being read: the server sets the deadlines of its own when it begins to,
 // and enter restores the last one of them.
-func (c *connection) hangUp(conn net.Conn, readTimeout time.Duration) {
+//
+// A request of which only a part has arrived, and been read, when it is called is
+// not seen: its caller gets no answer, and nothing of it was done.
+func (c *connection) hangUp(conn net.Conn, readTimeout time.Duration, newToo bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state == http.StateIdle && !unread(conn) {
+	if _, secured := conn.(*tls.Conn); secured { // while it is new, it may be in its handshake
+		newToo = false
+	}
+	if (c.state == http.StateIdle || c.state == http.StateNew && newToo) && !unread(conn) {
 		c.deadline = readTimeout
 		conn.SetReadDeadline(time.Unix(1, 0)) // long ago
 	}
@@ -94,19 +99,8 @@ func unread(conn net.Conn) bool {
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn()
 	}
-	s, ok := conn.(syscall.Conn)
-	if !ok {
-		return false
-	}
-	raw, err := s.SyscallConn()
-	if err != nil {
-		return false
-	}
-	n := 0
-	raw.Control(func(fd uintptr) { // which does not block: Go never lets it
-		n, _, _ = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
-	})
-	return n > 0
+	n, err := peek(conn)
+	return err == nil && n > 0
 }
 
 // open returns the connections of HTTP/1.
@@ -128,6 +122,7 @@ func (c *connections) open() map[net.Conn]*connection {
 // Idle connections stay open until idleUntil. The error is that of ctx, if it ends
 // before all is done.
 func (c *connections) drain(ctx context.Context, server *http.Server, idleUntil time.Time) error {
+	newUntil := time.Now().Add(lastCall) // those that were accepted last have had no time before
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -137,7 +132,7 @@ func (c *connections) drain(ctx context.Context, server *http.Server, idleUntil 
 		}
 		if time.Now().After(idleUntil) {
 			for conn, state := range open {
-				state.hangUp(conn, server.ReadTimeout)
+				state.hangUp(conn, server.ReadTimeout, time.Now().After(newUntil))
 			}
 		}
 		select {

@@ -411,7 +411,7 @@ func testHangUp(t *testing.T, secure bool) {
 	// What can't be arranged from outside: a request that is found just when the
 	// connection, which is idle for a moment more, is given up.
 	c.state = http.StateIdle
-	c.hangUp(conn, patience)
+	c.hangUp(conn, patience, false)
 	if c.deadline == 0 {
 		t.Fatal("the connection was not given up")
 	}
@@ -419,12 +419,12 @@ func testHangUp(t *testing.T, secure bool) {
 	fmt.Fprint(client, "body")
 	waitFor(t, "the body to arrive", func() bool { return unread(conn) })
 	c.state = http.StateIdle // and one whose bytes nobody has read yet
-	c.hangUp(conn, patience)
+	c.hangUp(conn, patience, false)
 	if c.deadline != 0 {
 		t.Error("given up in spite of what has arrived")
 	}
 	c.state = http.StateActive
-	c.hangUp(conn, patience)
+	c.hangUp(conn, patience, false)
 	if c.deadline != 0 {
 		t.Error("given up in the middle of a request")
 	}
@@ -435,7 +435,7 @@ func testHangUp(t *testing.T, secure bool) {
 
 	conn, c = the(http.StateIdle)
 	waitFor(t, "the idle connection to be closed", func() bool {
-		c.hangUp(conn, patience) // again: the server may have set its own deadline just then
+		c.hangUp(conn, patience, false) // again: the server may have set its own deadline just then
 		return len(conns.open()) == 0
 	})
 	if _, err := r.ReadByte(); err != io.EOF {

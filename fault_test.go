@@ -264,7 +264,7 @@ func TestPoolUsedUp(t *testing.T) {
 	waiting.goCall(s, "PUT", a, `{"name":"x"}`)
 	waiting.goCall(s, "POST", usersPath, `{"email":"c@example.com","name":"x"}`)
 	wantHealthy(t, s)
-	for _, answer := range slow.wait() { // PostgreSQL has ended them
+	for _, answer := range slow.wait() {
 		wantUnavailable(t, answer)
 	}
 	for _, answer := range waiting.wait() {
@@ -272,6 +272,7 @@ func TestPoolUsedUp(t *testing.T) {
 			wantUnavailable(t, answer)
 		}
 	}
+	waitSlow(t, s, 0) // PostgreSQL ends them a moment after their callers were answered
 	open()
 	wantAllServed(t, s, 5)
 	if n := count(t, s.db, "SELECT count(*) FROM users WHERE name = 'slow'"); n != 0 {

@@ -27,6 +27,9 @@ func (h *health) live(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// readyTimeout is how long PostgreSQL may take to answer when readiness is asked for.
+const readyTimeout = 2 * time.Second
+
 // ready answers GET /health/ready: send me requests, or rather not.
 func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	unready := func(message string, cause error) error {
@@ -38,7 +41,7 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	case !h.store.started.Load():
 		return unready("The service is starting", nil)
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
 	defer cancel()
 	if err := h.store.ping(ctx); err != nil {
 		return unready("PostgreSQL does not answer", err)

@@ -227,7 +227,7 @@ func TestCreateManyWithOneKey(t *testing.T) {
 		t.Errorf("%+v and %+v", calls[0].answer, calls[2].answer)
 	}
 	for i, want := range map[int]error{0: nil, 3: errKeyReused, 4: errEmailTaken} {
-		u, err := s.createAlone(t.Context(), calls[i].ask)
+		u, err := s.createAlone(t.Context(), calls[i].ask, false)
 		if err != want || err == nil && u.ID != calls[i].ask.id {
 			t.Errorf("call %d alone: %+v, %v; want %v", i, u, err, want)
 		}

@@ -409,6 +409,12 @@ const grace = time.Second
 // the work of those who gave up is not done.
 func deadline(limit time.Duration, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Body == http.NoBody {
+			// The deadline for reading the request: it has been read, and if it passed
+			// while a slow caller reads the answer, net/http would take the next request
+			// of the connection for one whose caller is gone.
+			http.NewResponseController(w).SetReadDeadline(time.Time{})
+		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), limit)
 		defer cancel()
 		back := context.AfterFunc(r.Context(), func() { time.AfterFunc(grace, cancel) })

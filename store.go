@@ -56,7 +56,8 @@ var (
 type store struct {
 	db         *sql.DB
 	pool       *connector // of db
-	aside      *sql.DB    // beside the pool: for start, whose migrations take as long as they take, and for ping
+	aside      *sql.DB    // beside the pool: for start, whose migrations take as long as they take
+	probe      *sql.DB    // beside the pool, for ping
 	log        *slog.Logger
 	unprepared bool          // binary_parameters=yes: no statement outlives its transaction
 	limit      time.Duration // after which PostgreSQL ends a statement by itself; 0: it does not
@@ -88,6 +89,9 @@ func openStore(cfg config, log *slog.Logger) *store {
 	s.db.SetMaxIdleConns(cfg.dbMaxConns)
 	s.db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
 	s.db.SetConnMaxLifetime(time.Hour)       // so that the pool follows a database that moved
+	s.probe = sql.OpenDB(&connector{database: database, patience: readyTimeout})
+	s.probe.SetMaxOpenConns(1)
+	s.probe.SetMaxIdleConns(0) // used once in a while: it connects anew
 	s.aside = sql.OpenDB(&connector{database: database})
 	s.aside.SetMaxOpenConns(1)
 	s.aside.SetMaxIdleConns(0) // used once in a while: it connects anew
@@ -148,7 +152,7 @@ func (s *store) prepare(ctx context.Context) error {
 }
 
 // close ends the pool. Statements that still run are cancelled with their requests.
-func (s *store) close() error { return errors.Join(s.db.Close(), s.aside.Close()) }
+func (s *store) close() error { return errors.Join(s.db.Close(), s.aside.Close(), s.probe.Close()) }
 
 // ping reports whether PostgreSQL answers. One that answered a request within
 // the last second needs no asking. It is asked on a connection beside the pool,
@@ -172,7 +176,7 @@ func (s *store) ping(ctx context.Context) error {
 }
 
 func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}]) {
-	err := s.aside.PingContext(ctx)
+	err := s.probe.PingContext(ctx)
 	if err == nil {
 		s.answered.Store(time.Now().UnixNano())
 	}
@@ -192,13 +196,16 @@ func (s *store) create(ctx context.Context, id, email, name string) (user, error
 		u, err = s.many.creates.do(ctx, in)
 	}
 	if err == errAlone || err == errAloneAgain {
-		u, err = s.alone.do(ctx, key, false, func(bool) (user, error) { return s.createAlone(ctx, in) })
+		u, err = s.alone.do(ctx, key, err == errAloneAgain, func(again bool) (user, error) { return s.createAlone(ctx, in, again) })
 	}
 	return u, unsure(err)
 }
 
-func (s *store) createAlone(ctx context.Context, in draft) (user, error) {
-	u, _, err := s.one(ctx, insertUser, in.id, in.email, in.name)
+// createAlone makes a user who may have been made before, if again is true.
+func (s *store) createAlone(ctx context.Context, in draft, again bool) (u user, err error) {
+	defer func() { err = afterLost(err, again) }()
+	u, repeated, err := s.one(ctx, insertUser, in.id, in.email, in.name)
+	again = again || repeated
 	switch {
 	case !errors.Is(err, errEmailTaken):
 		return u, err
@@ -262,8 +269,10 @@ func (s *store) update(ctx context.Context, id string, email, name *string, when
 // To make it twice is to make it once, since it says how the user is to be; but
 // the second time a precondition does not hold any more, which then is no
 // conflict (RFC 9110, section 13.1.1: "appears to have already been applied").
-func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (user, error) {
+func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (u user, err error) {
+	defer func() { err = afterLost(err, again) }()
 	u, repeated, err := s.one(ctx, updateUser, in.id, in.email, in.name, in.when.match, in.when.noneMatch)
+	again = again || repeated
 	if !errors.Is(err, errNotFound) || !in.when.some() {
 		return u, err
 	}
@@ -271,8 +280,8 @@ func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (use
 	if err != nil {
 		return u, err
 	}
-	asWanted := (in.email == nil || u.Email == *in.email) && (in.name == nil || u.Name == *in.name)
-	if (again || repeated) && asWanted {
+	asWanted := (in.email != nil || in.name != nil) && (in.email == nil || u.Email == *in.email) && (in.name == nil || u.Name == *in.name)
+	if again && asWanted {
 		return u, nil
 	}
 	return u, errPrecondition
@@ -294,8 +303,10 @@ func (s *store) delete(ctx context.Context, id string, when preconditions) error
 
 // deleteAlone removes a user who may be removed already, if again is true: to
 // find nobody then is success.
-func (s *store) deleteAlone(ctx context.Context, in userChange, again bool) (user, error) {
+func (s *store) deleteAlone(ctx context.Context, in userChange, again bool) (u user, err error) {
+	defer func() { err = afterLost(err, again) }()
 	u, repeated, err := s.one(ctx, deleteUser, in.id, in.when.match, in.when.noneMatch)
+	again = again || repeated
 	if !errors.Is(err, errNotFound) {
 		return u, err
 	}
@@ -304,7 +315,7 @@ func (s *store) deleteAlone(ctx context.Context, in userChange, again bool) (use
 			return u, errPrecondition
 		}
 	}
-	if errors.Is(err, errNotFound) && (again || repeated) {
+	if errors.Is(err, errNotFound) && again {
 		return u, nil
 	}
 	return u, err
@@ -357,14 +368,19 @@ func (s *store) run(ctx context.Context, text string, args []any, read func(*sql
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		age := s.pool.age.Load()
 		err := s.end(ctx, sentTo)
+		refused := pq.As(err)
+		if err != nil && refused != nil { // of this question, not of the write
+			s.pool.age.CompareAndSwap(age, age+1) // such as a standby, which can't answer it: connect anew
+			err, refused = fmt.Errorf("%w: %v", errUnsettled, err), nil
+		}
 		if err == nil {
 			sentTo = nil
 			if err = s.runOnce(ctx, text, args, read); err == nil {
 				s.answered.Store(time.Now().UnixNano())
 				return repeated, nil
 			}
+			refused = pq.As(err)
 		}
-		refused := pq.As(err)
 		if refused != nil && !refused.Fatal() && refused.Code.Class() != "08" {
 			sentTo = nil // PostgreSQL has undone it, and says so (a pooler that lost it says 08)
 		}
@@ -408,7 +424,7 @@ func (s *store) end(ctx context.Context, b *backend) error {
 		switch {
 		case errors.Is(err, sql.ErrNoRows): // it has ended, or this is another server
 		case err == nil && !ended:
-			return errStillRuns
+			return errUnsettled
 		case err != nil:
 			return err
 		}
@@ -419,16 +435,24 @@ func (s *store) end(ctx context.Context, b *backend) error {
 	return err
 }
 
-var errStillRuns = errors.New("an earlier try still runs")
+var errUnsettled = errors.New("what became of an earlier try is not known yet")
 
 // giveUp translates the error of the last try. If an earlier one may have gone
 // through, it no longer is the error of a statement that was not sent.
 func giveUp(ctx context.Context, err error, repeated bool) error {
-	err = translate(ctx, err)
-	if f, ok := errors.AsType[*failure](err); ok && repeated && f.kind == kindUnavailable {
-		f.cause = fmt.Errorf("after a try whose answer was lost: %v", f.cause) // and so no connectError
+	return afterLost(translate(ctx, err), repeated)
+}
+
+// afterLost returns err, or, if an earlier try may have gone through, err as one
+// that leaves open what has become of the write, whatever its cause says.
+func afterLost(err error, repeated bool) error {
+	f, ok := errors.AsType[*failure](err)
+	if !ok || !repeated || f.kind != kindUnavailable {
+		return err
 	}
-	return err
+	g := *f
+	g.cause = fmt.Errorf("after a try whose answer was lost: %v", f.cause) // and so not errUnsent
+	return &g
 }
 
 func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (err error) {
@@ -469,7 +493,7 @@ func unsure(err error) error {
 	if refused := pq.As(err); refused != nil && refused.Code.Class() == "53" { // insufficient resources
 		return err
 	}
-	if _, unsent := errors.AsType[connectError](err); unsent || f.kind != kindTimeout && f.kind != kindUnavailable {
+	if errors.Is(err, errUnsent) || f.kind != kindTimeout && f.kind != kindUnavailable {
 		return err
 	}
 	g := *f
@@ -511,7 +535,7 @@ func passes(err error) bool {
 		}
 		return refused.Code.Class() == "08" // connection exception
 	}
-	if _, ok := errors.AsType[connectError](err); ok || errors.Is(err, errSentBefore) || errors.Is(err, errStillRuns) {
+	if _, ok := errors.AsType[connectError](err); ok || errors.Is(err, errSentBefore) || errors.Is(err, errUnsettled) {
 		return true
 	}
 	var netErr net.Error

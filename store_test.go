@@ -739,3 +739,62 @@ func TestImpatientConn(t *testing.T) {
 		t.Errorf("a silent server: %v", err)
 	}
 }
+
+// A connection that is idle for longer than PostgreSQL may be silent is as good
+// as before: whether it has ended is seen by what there is to read, and the
+// deadline of the last answer has no say in it.
+func TestIsOver(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	c, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	server, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	c.SetReadDeadline(time.Unix(1, 0))
+	if isOver(c) {
+		t.Error("an idle connection is over")
+	}
+	server.Close()
+	waitFor(t, "the end to be seen", func() bool { return isOver(c) })
+}
+
+// The answer of a write is lost, and the next server can't tell what became of
+// it, as a standby can't: that is no error of the write. It is asked again.
+func TestRepeatMeetsAServerThatCannotTell(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	dir, err := os.MkdirTemp("", "rollcall-relay-") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	cut := relay(t, filepath.Join(dir, ".s.PGSQL.5432"))
+	// Functions of the test are found before PostgreSQL's own.
+	s := startService(t, testEnv(databaseURL+",pg_catalog host="+dir))
+	s.waitReady()
+	made := newUser(s, "a@example.com")
+	mustExec(t, db, "CREATE SEQUENCE tries")
+	mustExec(t, db, `CREATE FUNCTION pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
+		BEGIN
+			IF nextval('tries') <= 2 THEN RAISE EXCEPTION 'cannot assign TransactionIds during recovery' USING ERRCODE = 'XX000'; END IF;
+			RETURN pg_current_wal_lsn();
+		END $$`)
+	cut.Store("UPDATE 1")
+	a := s.call("PUT", made.header.Get("Location"), `{"name":"B"}`, "If-Match: "+made.header.Get("ETag"))
+	if a.user(t)["name"] != "B" {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	if n := count(t, db, "SELECT last_value FROM tries"); n != 3 {
+		t.Errorf("asked %d times, want 3", n)
+	}
+}

@@ -181,7 +181,12 @@ func (h *users) list(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	p, err := h.pages.do(r.Context(), r.URL.RawQuery, func(ctx context.Context) (page, error) { return h.page(ctx, q) })
+	var p page
+	if q.email != nil { // who wants the same waits together in the store
+		p, err = h.page(r.Context(), q)
+	} else {
+		p, err = h.pages.do(r.Context(), r.URL.RawQuery, func(ctx context.Context) (page, error) { return h.page(ctx, q) })
+	}
 	if err != nil {
 		return err
 	}
