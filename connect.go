@@ -64,7 +64,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, connectError{err}
 	}
-	socket := dial.last // to cancel a statement, lib/pq dials again
+	socket := *dial.last.Load()
 	if c.limit != 0 {
 		text := fmt.Sprintf("SET statement_timeout = %d; SET lock_timeout = %d", max(1, c.limit.Milliseconds()), lockPatience.Milliseconds())
 		if _, err := made.(pqConn).ExecContext(ctx, text, nil); err != nil {
@@ -197,8 +197,8 @@ func peek(c net.Conn) (n int, err error) {
 // swallows packets would otherwise hold a connection for a quarter of an hour.
 type dialer struct {
 	net.Dialer
-	patience time.Duration // 0: no limit
-	last     net.Conn      // the latest connection
+	patience time.Duration            // 0: no limit
+	last     atomic.Pointer[net.Conn] // the latest connection; to cancel statements, lib/pq dials at any time
 }
 
 // DialTimeout completes [pq.Dialer]. lib/pq prefers DialContext.
@@ -213,7 +213,7 @@ func (d *dialer) DialContext(ctx context.Context, network, address string) (net.
 	if err != nil {
 		return nil, err
 	}
-	d.last = c
+	d.last.Store(&c)
 	if d.patience == 0 {
 		return c, nil
 	}
