@@ -231,7 +231,6 @@ func isUnavailable(err error) bool {
 			"58": // system error, outside PostgreSQL
 			return true
 		}
-		return passes(err) || refused.Code == pqerror.LockNotAvailable
 	}
 	return passes(err)
 }

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+)
+
+// One request and its answer: who asks, under which id, with what outcome; and
+// the line in the log that says so.
+
+// An exchange is what is known of one request and its answer, for the access
+// log. It is the http.ResponseWriter of all layers below observe.
+type exchange struct {
+	http.ResponseWriter
+	status   int    // 0 until it has been written
+	bytes    int64  // of the answer's body
+	bodyRead bool   // the request's body has been read to its end
+	id       string // X-Request-Id
+	traceID  string // of a W3C traceparent; empty without one
+	caller          // whose token it came with
+	cause    error  // what went wrong, where the answer does not tell
+
+	draining *atomic.Bool  // once true, this is the last answer of its connection; may be nil
+	places   chan struct{} // those in flight, for enter; nil: there is no limit
+	inside   bool          // it holds one of them
+	writing  *budget       // of all large answers; nil: there is no limit
+}
+
+// enter takes a place among the requests in flight, or fails when there is none.
+func (x *exchange) enter() error {
+	if x.places == nil || x.inside {
+		return nil
+	}
+	select {
+	case x.places <- struct{}{}:
+		x.inside = true
+		return nil
+	default:
+		return &failure{kind: kindUnavailable, message: "Too many requests are being served"}
+	}
+}
+
+// leave gives the place back, if there is one.
+func (x *exchange) leave() {
+	if x.inside {
+		x.inside = false
+		<-x.places
+	}
+}
+
+func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
+
+func (x *exchange) WriteHeader(status int) {
+	if x.status == 0 && status >= 200 { // the 1xx are not the answer yet
+		x.begin(status)
+	}
+	x.ResponseWriter.WriteHeader(status)
+}
+
+func (x *exchange) Write(p []byte) (int, error) {
+	if x.status == 0 {
+		x.begin(http.StatusOK)
+	}
+	x.leave() // the work is done; how long the caller reads is its own affair
+	if len(p) > smallBytes && x.writing != nil {
+		giveBack := x.writing.take(int64(len(p)), func() {
+			http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
+		})
+		defer giveBack()
+	}
+	n, err := x.ResponseWriter.Write(p)
+	x.bytes += int64(n)
+	if err != nil && x.cause == nil {
+		x.cause = err // a caller who left, or was too slow
+	}
+	return n, err
+}
+
+// begin notes the status, just before the head of the answer goes out. That is the
+// moment to see whether the service is to stop: it may have begun while the
+// request was being served.
+func (x *exchange) begin(status int) {
+	x.status = status
+	if x.draining != nil && x.draining.Load() {
+		x.Header()["Connection"] = closing
+	}
+}
+
+// exchangeOf returns the exchange that w is or wraps. Where there is none, what
+// is written into the result is lost. (In a context it would be at hand just as
+// well, but each request would have to be copied to carry it.)
+func exchangeOf(w http.ResponseWriter) *exchange {
+	for {
+		switch inner := w.(type) {
+		case *exchange:
+			return inner
+		case interface{ Unwrap() http.ResponseWriter }:
+			w = inner.Unwrap()
+		default:
+			return new(exchange)
+		}
+	}
+}
+
+// observe gives each request an id, and a line in the log when it is over.
+func observe(log *slog.Logger, next http.Handler) http.Handler {
+	writing := newBudget(budgetBytes)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		x := &exchange{ResponseWriter: w, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
+		h := w.Header()
+		h["X-Request-Id"] = []string{x.id}
+		h["X-Content-Type-Options"] = nosniff
+		if r.TransferEncoding != nil {
+			// With a Content-Length beside it, the connection must not be used again,
+			// since a proxy may have seen another end of the body (RFC 9112, section
+			// 6.3). net/http has dropped that field by now, so this goes for all.
+			h["Connection"] = closing
+		}
+		defer logAccess(log, x, r, start) // deferred: an aborted answer is logged too
+		next.ServeHTTP(x, r)
+	})
+}
+
+// logAccess writes the one line of a request, at a level that follows the
+// outcome. No query, no header and no body gets into it.
+func logAccess(log *slog.Logger, x *exchange, r *http.Request, start time.Time) {
+	level := slog.LevelInfo
+	switch {
+	case x.status >= 500 || x.status == 0:
+		level = slog.LevelError
+	case x.status >= 400:
+		level = slog.LevelWarn
+	}
+	if !log.Enabled(r.Context(), level) {
+		return
+	}
+	if r.Method == http.MethodHead {
+		x.bytes = 0 // net/http keeps the body to itself
+	}
+	attrs := make([]slog.Attr, 0, 10)
+	attrs = append(attrs,
+		slog.String("method", cut(r.Method, 32)),
+		slog.String("path", loggedPath(r.URL.Path)),
+		slog.Int("status", x.status),
+		slog.Float64("duration_ms", float64(time.Since(start).Microseconds())/1000),
+		slog.Int64("bytes", x.bytes),
+		slog.String("request_id", x.id),
+		slog.String("remote", r.RemoteAddr),
+	)
+	if x.subject != "" {
+		attrs = append(attrs, slog.String("sub", cut(mask(x.subject), 256)))
+	}
+	if x.traceID != "" {
+		attrs = append(attrs, slog.String("trace_id", x.traceID))
+	}
+	if x.cause != nil {
+		attrs = append(attrs, slog.String("error", x.cause.Error()))
+	}
+	log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// loggedPath returns path with every segment that may be an e-mail address
+// masked, cut at 256 bytes.
+func loggedPath(path string) string {
+	if strings.ContainsAny(path, "@%") { // %: an @ that was encoded twice
+		segments := strings.Split(path, "/")
+		for i, s := range segments {
+			segments[i] = mask(s)
+		}
+		path = strings.Join(segments, "/")
+	}
+	return cut(path, 256)
+}
+
+// mask returns s, or stars if it may hold an e-mail address.
+func mask(s string) string {
+	if strings.Contains(s, "@") || strings.Contains(s, "%40") {
+		return "***"
+	}
+	return s
+}
+
+// cut returns at most the first n bytes of s, and no part of a character.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}
+
+// requestID returns the caller's id if it is one that can go into a log and a
+// header as it is, else a new one.
+func requestID(given []string) string {
+	if len(given) == 1 && len(given[0]) >= 1 && len(given[0]) <= 128 &&
+		strings.IndexFunc(given[0], func(c rune) bool { return !isIDChar(c) }) < 0 {
+		return given[0]
+	}
+	var b [16]byte // to tell requests apart, not a secret
+	binary.NativeEndian.PutUint64(b[:8], rand.Uint64())
+	binary.NativeEndian.PutUint64(b[8:], rand.Uint64())
+	return hex.EncodeToString(b[:])
+}
+
+func isIDChar(c rune) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("._~+/=:-", c)
+}
+
+// traceID returns the trace-id of a traceparent field, or "" if it is not one:
+// "00-<32 hex digits>-<16>-<2>", and more after that in versions above 00
+// (W3C Trace Context, section 3.2).
+func traceID(given []string) string {
+	if len(given) != 1 || len(given[0]) < 55 {
+		return ""
+	}
+	s := given[0]
+	version, id, parent, flags := s[:2], s[3:35], s[36:52], s[53:55]
+	for _, part := range []string{version, id, parent, flags} {
+		if strings.Trim(part, "0123456789abcdef") != "" {
+			return ""
+		}
+	}
+	if s[2] != '-' || s[35] != '-' || s[52] != '-' || version == "ff" ||
+		strings.Trim(id, "0") == "" || strings.Trim(parent, "0") == "" ||
+		len(s) > 55 && (version == "00" || s[55] != '-') {
+		return ""
+	}
+	return id
+}
