@@ -9,9 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"path/filepath"
 	"regexp"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -30,15 +28,9 @@ const chaosConns = 64
 
 // TestChaosCrash kills every process of PostgreSQL at once, again and again.
 func TestChaosCrash(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("finds the processes of PostgreSQL in /proc, which only Linux has")
-	}
+	onlyLinux(t)
 	rounds := chaosRounds(t, 5, 1)
-	dir, err := os.MkdirTemp("", "rollcall-crash-") // t.TempDir may be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := socketDir(t)
 	d, err := startDevDatabase(t.Context(), dir) // with PostgreSQL's defaults: it acknowledges what is on disk
 	if err != nil {
 		t.Fatal(err)
@@ -179,32 +171,20 @@ func startLossyRelay(t *testing.T) *lossyRelay {
 		t.Fatal(err)
 	}
 	r := &lossyRelay{listener: listener, pairs: make(map[net.Conn]net.Conn)}
-	t.Cleanup(func() {
-		listener.Close()
-		r.reset()
+	t.Cleanup(r.reset)
+	relayTo(t, listener, func(from, to net.Conn) {
+		r.mu.Lock()
+		r.pairs[from] = to
+		r.mu.Unlock()
+		go func() {
+			io.Copy(to, from)
+			to.Close()
+		}()
+		r.answer(from, to)
+		r.mu.Lock()
+		delete(r.pairs, from)
+		r.mu.Unlock()
 	})
-	server := filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432")
-	go func() {
-		for {
-			from, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			to, err := net.Dial("unix", server)
-			if err != nil {
-				from.Close()
-				continue
-			}
-			r.mu.Lock()
-			r.pairs[from] = to
-			r.mu.Unlock()
-			go func() {
-				io.Copy(to, from)
-				to.Close()
-			}()
-			go r.answer(from, to)
-		}
-	}()
 	return r
 }
 
@@ -224,7 +204,7 @@ func (r *lossyRelay) answer(from, to net.Conn) {
 	for {
 		n, err := to.Read(b)
 		if err != nil {
-			break
+			return
 		}
 		wrote := wroteRows.Match(b[:n])
 		if wrote && r.armed.CompareAndSwap(true, false) {
@@ -236,10 +216,6 @@ func (r *lossyRelay) answer(from, to net.Conn) {
 			r.lost.Add(1)
 		}
 	}
-	from.Close()
-	r.mu.Lock()
-	delete(r.pairs, from)
-	r.mu.Unlock()
 }
 
 // loseAnswers loses the answer to the next write, and from there on every answer

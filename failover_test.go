@@ -292,6 +292,13 @@ func TestChaosFailover(t *testing.T) {
 	standby := primary.replicate(freePort(t))
 	l, calls := startFailover(t, databaseURLOf(t, "10.0.0.1",
 		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port))
+	failOver(t, "primary killed, standby promoted", rounds, primary, standby, l, calls)
+}
+
+// failOver kills the primary and promotes the standby, in each round, under that
+// load, with so many calls before and after; and checks what came of it.
+func failOver(t *testing.T, name string, rounds int, primary, standby *node, l *load, calls int) {
+	t.Helper()
 	for round := range rounds {
 		if round > 0 {
 			standby = primary.replicate(standby.port)
@@ -304,7 +311,7 @@ func TestChaosFailover(t *testing.T) {
 	}
 	o := l.stop(primary.db)
 	o.faults = rounds
-	o.want(t, "primary killed, standby promoted")
+	o.want(t, name)
 }
 
 // The primary becomes read-only before the standby takes over, as in a planned
@@ -368,19 +375,7 @@ func TestChaosHAProxy(t *testing.T) {
 		"10.0.0.1:5432", "127.0.0.1:"+primary.port, "10.0.0.2:5432", "127.0.0.1:"+standby.port,
 		"127.0.0.1:5433", "127.0.0.1:"+port), "-db", "-f")
 	l, calls := startFailover(t, databaseURLOf(t, "127.0.0.1:5433", "5433", port))
-	for round := range rounds {
-		if round > 0 {
-			standby = primary.replicate(standby.port)
-		}
-		l.wait(calls)
-		primary.kill()
-		standby.promote()
-		primary, standby = standby, primary
-		l.wait(calls)
-	}
-	o := l.stop(primary.db)
-	o.faults = rounds
-	o.want(t, "HAProxy: primary killed, standby promoted")
+	failOver(t, "HAProxy: primary killed, standby promoted", rounds, primary, standby, l, calls)
 }
 
 // PostgreSQL is killed and restarted, in turns, behind PgBouncer.

@@ -329,11 +329,7 @@ func TestSlowStatement(t *testing.T) {
 func TestConnectionsUsedUp(t *testing.T) {
 	t.Parallel()
 	testDatabase(t) // who can't start that one can't start one more either
-	dir, err := os.MkdirTemp("", "rollcall-few-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := socketDir(t)
 	const most = 8
 	d, err := startDevDatabase(t.Context(), dir, fmt.Sprintf("max_connections=%d", most), "superuser_reserved_connections=0", "max_wal_senders=0", "fsync=off")
 	if err != nil {

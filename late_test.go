@@ -5,10 +5,8 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"testing"
 )
 
@@ -49,11 +47,7 @@ func TestLateStatement(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			databaseURL, _ := newSchema(t)
-			dir, err := os.MkdirTemp("", "rollcall-late-") // t.TempDir is too long for a socket
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { os.RemoveAll(dir) })
+			dir := socketDir(t)
 			arrive := holdBack(t, filepath.Join(dir, ".s.PGSQL.5432"), "arrives late")
 			s := startService(t, testEnv(databaseURL+" host="+dir))
 			s.waitReady()
@@ -80,55 +74,39 @@ func holdBack(t *testing.T, path, text string) (arrive func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { listener.Close() })
-	server := filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432")
 	late := make(chan func(), 1)
 	var once sync.Once
-	go func() {
+	relayTo(t, listener, func(from, to net.Conn) {
+		ended := make(chan struct{})
+		go func() {
+			io.Copy(from, to)
+			from.Close()
+			io.Copy(io.Discard, to) // of the one that is late, nobody hears
+			close(ended)
+		}()
+		b := make([]byte, 1<<16)
 		for {
-			from, err := listener.Accept()
+			n, err := from.Read(b)
 			if err != nil {
 				return
 			}
-			to, err := net.Dial("unix", server)
-			if err != nil {
-				from.Close()
-				continue
+			kept := false
+			if bytes.Contains(b[:n], []byte(text)) {
+				once.Do(func() { kept = true })
 			}
-			ended := make(chan struct{})
-			go func() {
-				defer close(ended)
-				defer to.Close()
-				io.Copy(from, to)
+			if kept {
 				from.Close()
-				io.Copy(io.Discard, to) // of the one that is late, nobody hears
-			}()
-			go func() {
-				b := make([]byte, 1<<16)
-				for {
-					n, err := from.Read(b)
-					if err != nil {
-						to.Close()
-						return
-					}
-					kept := false
-					if bytes.Contains(b[:n], []byte(text)) {
-						once.Do(func() { kept = true })
-					}
-					if kept {
-						from.Close()
-						late <- func() {
-							to.Write(b[:n]) // an error: PostgreSQL has ended the connection, and is done with it
-							to.(*net.UnixConn).CloseWrite()
-							<-ended
-						}
-						return
-					}
-					to.Write(b[:n])
+				late <- func() {
+					to.Write(b[:n]) // an error: PostgreSQL has ended the connection, and is done with it
+					to.(*net.UnixConn).CloseWrite()
+					<-ended
 				}
-			}()
+				<-ended
+				return
+			}
+			to.Write(b[:n])
 		}
-	}()
+	})
 	return func() {
 		t.Helper()
 		select {
@@ -156,21 +134,17 @@ func TestPoolerLosesServer(t *testing.T) {
 
 func testPoolerLosesServer(t *testing.T, severity string) {
 	databaseURL, _ := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-pooler-") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	lose := losingPooler(t, filepath.Join(dir, ".s.PGSQL.5432"), severity)
-	s := startService(t, testEnv(databaseURL+" host="+dir))
+	// An ErrorResponse (PostgreSQL's manual, section 55.7).
+	fields := "S" + severity + "\x00C08P01\x00Mserver conn crashed?\x00\x00"
+	lost := binary.BigEndian.AppendUint32([]byte("E"), uint32(4+len(fields)))
+	r := startRelay(t, socketDir(t), append(lost, fields...)...)
+	s := startService(t, testEnv(databaseURL+" host="+r.dir))
 	s.waitReady()
 	call := func(tag, method, path, body string, fields ...string) answer {
 		t.Helper()
-		lose.Store(tag)
+		r.lose(tag)
 		a := s.call(method, path, body, fields...)
-		if lose.Load() != "" {
-			t.Fatalf("%s: no server was lost", method)
-		}
+		r.wantLost(t)
 		if a.status != 200 {
 			t.Errorf("%s, which was done: %d %s", method, a.status, a.body)
 		}
@@ -183,56 +157,4 @@ func testPoolerLosesServer(t *testing.T, severity string) {
 		t.Errorf("answered %s\nstored   %s", updated.body, got.body)
 	}
 	call("DELETE 1", "DELETE", path, "")
-}
-
-// losingPooler passes what comes to the socket at path on to the test's
-// PostgreSQL. While lose holds a text, the first answer with that text in it is
-// replaced by what PgBouncer says when its server is gone, and lose is empty again.
-func losingPooler(t *testing.T, path, severity string) (lose *atomic.Value) {
-	t.Helper()
-	lose = new(atomic.Value)
-	lose.Store("")
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	server := filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432")
-	go func() {
-		for {
-			from, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			to, err := net.Dial("unix", server)
-			if err != nil {
-				from.Close()
-				continue
-			}
-			go func() {
-				defer to.Close()
-				io.Copy(to, from)
-			}()
-			go func() {
-				defer from.Close()
-				b := make([]byte, 1<<16)
-				for {
-					n, err := to.Read(b)
-					if err != nil {
-						return
-					}
-					text := lose.Load().(string)
-					if text != "" && bytes.Contains(b[:n], []byte(text)) && lose.CompareAndSwap(text, "") {
-						// An ErrorResponse (PostgreSQL's manual, section 55.7).
-						fields := "S" + severity + "\x00C08P01\x00Mserver conn crashed?\x00\x00"
-						from.Write(binary.BigEndian.AppendUint32([]byte("E"), uint32(4+len(fields))))
-						io.WriteString(from, fields)
-						return
-					}
-					from.Write(b[:n])
-				}
-			}()
-		}
-	}()
-	return lose
 }

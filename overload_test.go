@@ -63,9 +63,11 @@ func TestChaosOverload(t *testing.T) {
 			t.Errorf("%s: %d %s", request, a.status, a.body)
 		}
 		if strings.HasPrefix(request, "GET") {
+			conn.Close()
 			conn = dialRaw(t, s) // its body is not read, and so might be taken for a request
 		}
 	}
+	conn.Close()
 	for range 10 {
 		for _, path := range []string{"/health", "/health/ready"} {
 			if a := s.call("GET", path, ""); a.status != 200 {

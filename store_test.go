@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"database/sql"
 	"errors"
@@ -9,10 +8,8 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -316,11 +313,7 @@ func TestBinaryParameters(t *testing.T) {
 func TestDatabaseNotThereYet(t *testing.T) {
 	t.Parallel()
 	databaseURL, _ := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-relay-") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := socketDir(t)
 	s := startService(t, testEnv(databaseURL+" host="+dir))
 	line := s.waitLog("waiting for PostgreSQL")
 	if line["level"] != "WARN" || line["error"] == "" {
@@ -336,83 +329,20 @@ func TestDatabaseNotThereYet(t *testing.T) {
 			t.Errorf("%s: a 503 without Retry-After", path)
 		}
 	}
-	relay(t, filepath.Join(dir, ".s.PGSQL.5432"))
+	startRelay(t, dir)
 	s.waitReady()
 	newUser(s, "a@example.com")
-}
-
-// relay passes what comes to the socket at path on to the test's PostgreSQL.
-// While cut holds a text, the first answer with that text in it does not arrive:
-// its connection breaks instead, and cut is empty again.
-func relay(t *testing.T, path string) (cut *atomic.Value) {
-	t.Helper()
-	checkLeaks(t)
-	cut = new(atomic.Value)
-	cut.Store("")
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	go func() {
-		for {
-			from, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			to, err := net.Dial("unix", filepath.Join(testDatabase(t).sockets, ".s.PGSQL.5432"))
-			if err != nil {
-				from.Close()
-				continue
-			}
-			go func() {
-				defer to.Close()
-				io.Copy(to, from)
-			}()
-			go func() {
-				defer from.Close()
-				answer := make([]byte, 1<<16)
-				for {
-					n, err := to.Read(answer)
-					text := cut.Load().(string)
-					if err != nil || text != "" && bytes.Contains(answer[:n], []byte(text)) && cut.CompareAndSwap(text, "") {
-						return
-					}
-					from.Write(answer[:n])
-				}
-			}()
-		}
-	}()
-	return cut
-}
-
-// throughRelay starts a service whose PostgreSQL is behind a relay.
-func throughRelay(t *testing.T) (s *service, cut *atomic.Value) {
-	t.Helper()
-	databaseURL, db := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-relay-") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	cut = relay(t, filepath.Join(dir, ".s.PGSQL.5432"))
-	s = startService(t, testEnv(databaseURL+" host="+dir))
-	s.db = db
-	s.waitReady()
-	return s, cut
 }
 
 // The connection breaks when PostgreSQL has made the user, and before it could
 // say so. The create that is repeated recognizes its own user.
 func TestCreateWhoseAnswerIsLost(t *testing.T) {
 	t.Parallel()
-	s, cut := throughRelay(t)
+	s, r := throughRelay(t)
 	for i := range 10 {
-		cut.Store("INSERT 0 1")
+		r.lose("INSERT 0 1")
 		a := newUser(s, fmt.Sprintf("%d@example.com", i))
-		if cut.Load() != "" {
-			t.Fatal("no answer was lost")
-		}
+		r.wantLost(t)
 		if got := s.call("GET", a.header.Get("Location"), ""); got.body != a.body {
 			t.Errorf("created %s\nstored  %s", a.body, got.body)
 		}
@@ -426,20 +356,13 @@ func TestCreateWhoseAnswerIsLost(t *testing.T) {
 // first try did is no conflict.
 func TestWritesWhoseAnswersAreLost(t *testing.T) {
 	t.Parallel()
-	s, cut := throughRelay(t)
-	lose := func(text string) {
-		cut.Store(text)
-		t.Cleanup(func() {
-			if cut.Load() != "" {
-				t.Errorf("no answer %s was lost", cut.Load())
-			}
-		})
-	}
+	s, r := throughRelay(t)
 	for i := range 5 {
 		made := newUser(s, fmt.Sprintf("%d@example.com", i))
 		path := made.header.Get("Location")
-		lose("UPDATE 1")
+		r.lose("UPDATE 1")
 		renamed := s.call("PUT", path, `{"name":"B"}`, "If-Match: "+made.header.Get("ETag"))
+		r.wantLost(t)
 		if renamed.user(t)["name"] != "B" {
 			t.Errorf("renamed: %s", renamed.body)
 		}
@@ -447,18 +370,20 @@ func TestWritesWhoseAnswersAreLost(t *testing.T) {
 		if got := s.call("GET", path, ""); got.body != renamed.body {
 			t.Errorf("stored %s\nwant   %s", got.body, renamed.body)
 		}
-		lose("UPDATE 1")
+		r.lose("UPDATE 1")
 		if got := s.call("PUT", path, `{"name":"D"}`).user(t); got["name"] != "D" {
 			t.Errorf("renamed: %v", got)
 		}
-		lose("DELETE 1")
+		r.wantLost(t)
 		var when []string
 		if i%2 == 0 {
 			when = []string{"If-Match: " + s.call("GET", path, "").header.Get("ETag")}
 		}
+		r.lose("DELETE 1")
 		if a := s.call("DELETE", path, "", when...); a.status != 200 {
 			t.Errorf("DELETE: %d %s", a.status, a.body)
 		}
+		r.wantLost(t)
 		wantError(t, s.call("DELETE", path, ""), 404, "Resource not found")
 	}
 }
@@ -482,26 +407,13 @@ func TestDeadConnectionsAreNotUsed(t *testing.T) {
 // same, and so does that of readiness.
 func TestSilentDatabase(t *testing.T) {
 	t.Parallel()
-	databaseURL, _ := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-silent-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, ".s.PGSQL.5432")
-	relay(t, socket)
-	s := startService(t, testEnv(databaseURL+" application_name=silent host="+dir, "REQUEST_TIMEOUT=300ms"))
-	s.waitReady()
-	if err := os.Remove(socket); err != nil {
-		t.Fatal(err)
-	}
-	silent, err := net.Listen("unix", socket) // accepts, and never says a word
+	s, r := throughRelay(t, "REQUEST_TIMEOUT=300ms")
+	r.away(s)
+	silent, err := net.Listen("unix", r.socket()) // accepts, and never says a word
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	_, db := newSchema(t)
-	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'silent'")
 	// Connecting may take as long as a request: which of the two ends first is chance.
 	if a := s.call("GET", usersPath, ""); a.status != 503 || a.header.Get("Retry-After") == "" ||
 		a.body != errorBody(503, "The request took too long") && a.body != errorBody(503, "The database is not available") {
@@ -646,21 +558,9 @@ func TestStatementEndsAtTheDeadline(t *testing.T) {
 // as it is back.
 func TestDatabaseAway(t *testing.T) {
 	t.Parallel()
-	databaseURL, db := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-relay-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	socket := filepath.Join(dir, ".s.PGSQL.5432")
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	relay(t, socket)
-	s := startService(t, testEnv(databaseURL+" application_name=away host="+dir, "REQUEST_TIMEOUT=60s"))
-	s.waitReady()
+	s, r := throughRelay(t, "REQUEST_TIMEOUT=60s")
 	path := newUser(s, "a@example.com").header.Get("Location")
-	if err := os.Rename(socket, socket+".away"); err != nil {
-		t.Fatal(err)
-	}
-	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'away'")
+	back := r.away(s)
 	var wg sync.WaitGroup
 	var status [40]int
 	for i := range status {
@@ -678,9 +578,7 @@ func TestDatabaseAway(t *testing.T) {
 		})
 	}
 	waitFor(t, "readiness to end", func() bool { return s.call("GET", "/health/ready", "").status == 503 })
-	if err := os.Rename(socket+".away", socket); err != nil {
-		t.Fatal(err)
-	}
+	back()
 	wg.Wait()
 	for i, got := range status {
 		if got != 200 {
@@ -693,22 +591,9 @@ func TestDatabaseAway(t *testing.T) {
 // /health stays 200.
 func TestDatabaseGone(t *testing.T) {
 	t.Parallel()
-	databaseURL, db := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-relay-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	socket := filepath.Join(dir, ".s.PGSQL.5432")
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	relay(t, socket)
-	s := startService(t, testEnv(databaseURL+" application_name=gone host="+dir, "REQUEST_TIMEOUT=1s"))
-	s.waitReady()
+	s, r := throughRelay(t, "REQUEST_TIMEOUT=1s")
 	path := newUser(s, "a@example.com").header.Get("Location")
-
-	if err := os.Rename(socket, socket+".away"); err != nil {
-		t.Fatal(err)
-	}
-	mustExec(t, db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'gone'")
+	back := r.away(s)
 	wantError(t, s.call("GET", path, ""), 503, "The database is not available")
 	wantError(t, s.call("PUT", path, `{"name":"x"}`), 503, "The database is not available") // and nothing was sent
 	waitFor(t, "readiness to end", func() bool { return s.call("GET", "/health/ready", "").status == 503 })
@@ -716,9 +601,7 @@ func TestDatabaseGone(t *testing.T) {
 	if a := s.call("GET", "/health", ""); a.status != 200 || a.body != "OK" {
 		t.Errorf("GET /health: %d %q", a.status, a.body)
 	}
-	if err := os.Rename(socket+".away", socket); err != nil {
-		t.Fatal(err)
-	}
+	back()
 	s.call("GET", path, "").user(t)
 	waitFor(t, "readiness", func() bool { return s.call("GET", "/health/ready", "").status == 200 })
 }
@@ -772,29 +655,21 @@ func TestIsOver(t *testing.T) {
 // it, as a standby can't: that is no error of the write. It is asked again.
 func TestRepeatMeetsAServerThatCannotTell(t *testing.T) {
 	t.Parallel()
-	databaseURL, db := newSchema(t)
-	dir, err := os.MkdirTemp("", "rollcall-relay-") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	cut := relay(t, filepath.Join(dir, ".s.PGSQL.5432"))
-	// Functions of the test are found before PostgreSQL's own.
-	s := startService(t, testEnv(databaseURL+",pg_catalog host="+dir))
-	s.waitReady()
+	s, r := throughRelay(t)
 	made := newUser(s, "a@example.com")
-	mustExec(t, db, "CREATE SEQUENCE tries")
-	mustExec(t, db, `CREATE FUNCTION pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
+	mustExec(t, s.db, "CREATE SEQUENCE tries")
+	// A function of the test is found before PostgreSQL's own.
+	mustExec(t, s.db, `CREATE FUNCTION pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
 		BEGIN
 			IF nextval('tries') <= 2 THEN RAISE EXCEPTION 'cannot assign TransactionIds during recovery' USING ERRCODE = 'XX000'; END IF;
 			RETURN pg_current_wal_lsn();
 		END $$`)
-	cut.Store("UPDATE 1")
+	r.lose("UPDATE 1")
 	a := s.call("PUT", made.header.Get("Location"), `{"name":"B"}`, "If-Match: "+made.header.Get("ETag"))
 	if a.user(t)["name"] != "B" {
 		t.Errorf("%d %s", a.status, a.body)
 	}
-	if n := count(t, db, "SELECT last_value FROM tries"); n != 3 {
+	if n := count(t, s.db, "SELECT last_value FROM tries"); n != 3 {
 		t.Errorf("asked %d times, want 3", n)
 	}
 }

@@ -39,11 +39,7 @@ func newMailbox(t testing.TB, name string) *mailbox {
 	t.Helper()
 	if name == "" {
 		// Not t.TempDir: the name of a socket has at most 107 bytes, see unix(7).
-		dir, err := os.MkdirTemp("", "rollcall-notify-")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
+		dir := socketDir(t)
 		name = filepath.Join(dir, "notify")
 	}
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
@@ -106,11 +102,7 @@ func TestPassedSocket(t *testing.T) {
 	t.Parallel()
 	databaseURL, _ := newSchema(t)
 	tcp, tcpFile := newListener(t)
-	dir, err := os.MkdirTemp("", "rollcall-socket-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := socketDir(t)
 	unix, err := net.ListenUnix("unix", &net.UnixAddr{Name: dir + "/http", Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
