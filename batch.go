@@ -17,14 +17,15 @@ var (
 		"ON CONFLICT DO NOTHING RETURNING " + columns
 	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
 	findUsers   = "SELECT " + columns + ", wanted FROM unnest($1::text[]) AS wanted JOIN users ON lower(email) = lower(wanted)"
-	updateUsers = "WITH free AS MATERIALIZED (SELECT id FROM users WHERE id = ANY ($1::uuid[]) FOR NO KEY UPDATE SKIP LOCKED) " +
-		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
-		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') " +
+	updateUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, new_email, new_name " +
 		"FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[]) AS change (user_id, new_email, new_name, match, none_match) " +
-		"WHERE id = user_id AND id IN (SELECT id FROM free) AND " + conditionsHold("match", "none_match") + " RETURNING " + columns
-	deleteUsers = "WITH free AS MATERIALIZED (SELECT id FROM users WHERE id = ANY ($1::uuid[]) FOR UPDATE SKIP LOCKED) " +
-		"DELETE FROM users USING unnest($1::uuid[], $2::text[], $3::text[]) AS gone (user_id, match, none_match) " +
-		"WHERE id = user_id AND id IN (SELECT id FROM free) AND " + conditionsHold("match", "none_match") + " RETURNING " + columns
+		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR NO KEY UPDATE OF users SKIP LOCKED) " +
+		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
+		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') FROM free WHERE users.ctid = place RETURNING " + columns
+	deleteUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place " +
+		"FROM unnest($1::uuid[], $2::text[], $3::text[]) AS gone (user_id, match, none_match) " +
+		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR UPDATE OF users SKIP LOCKED) " +
+		"DELETE FROM users USING free WHERE users.ctid = place RETURNING " + columns
 )
 
 // errAlone is the answer to a call that its statement has left out, or that

@@ -22,7 +22,7 @@ import (
 // A connector makes the connections of a pool. It is a [driver.Connector].
 type connector struct {
 	database pq.Config
-	limit    time.Duration // after which PostgreSQL ends a statement, and much sooner one that meets a lock; 0: it does not
+	session  string        // statements that each session begins with
 	patience time.Duration // after which a silent PostgreSQL is given up; 0: never
 	identify bool          // ask who serves a connection; behind a pooler it is always another one
 	// age is how often the connections had to be given up; those made before the
@@ -45,8 +45,8 @@ var errUnsent = errors.New("nothing was sent")
 func (e connectError) Is(target error) bool { return target == errUnsent }
 
 // Connect connects to one of the configured hosts. All its errors are
-// connectErrors. The limit is set by a statement, since not every pooler lets it
-// be a parameter of the connection.
+// connectErrors. What a session needs is set by statements, since not every pooler
+// lets it be parameters of the connection.
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if c.patience != 0 { // ctx may have no deadline: see runOnce
 		var cancel context.CancelFunc
@@ -65,9 +65,8 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 		return nil, connectError{err}
 	}
 	socket := *dial.last.Load()
-	if c.limit != 0 {
-		text := fmt.Sprintf("SET statement_timeout = %d; SET lock_timeout = %d", max(1, c.limit.Milliseconds()), lockPatience.Milliseconds())
-		if _, err := made.(pqConn).ExecContext(ctx, text, nil); err != nil {
+	if c.session != "" {
+		if _, err := made.(pqConn).ExecContext(ctx, c.session, nil); err != nil {
 			made.Close()
 			return nil, connectError{err}
 		}
