@@ -96,8 +96,12 @@ func (c *connection) hangUp(conn net.Conn, readTimeout time.Duration, newToo boo
 
 // unread reports whether bytes have arrived that nobody has read.
 func unread(conn net.Conn) bool {
-	if t, ok := conn.(*tls.Conn); ok {
-		conn = t.NetConn()
+	for {
+		over, ok := conn.(interface{ NetConn() net.Conn }) // TLS, and answerConn
+		if !ok {
+			break
+		}
+		conn = over.NetConn()
 	}
 	n, err := peek(conn)
 	return err == nil && n > 0

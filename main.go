@@ -327,6 +327,8 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 // listen serves until the listener is closed. That is no error.
 func listen(server *http.Server, listener net.Listener) error {
 	var err error
+	server.ConnContext = withAnswerConn
+	listener = answerListener{listener}
 	if server.TLSConfig != nil {
 		err = server.ServeTLS(listener, "", "")
 	} else {
