@@ -72,15 +72,18 @@ type batches struct {
 	reads   lane // of gets and finds, and of pages
 }
 
-func newBatches(s *store) batches {
-	reads, writes := newLane(), newLane()
+// newBatches returns the queues of a store with so many connections. Up to half
+// of them are for full statements.
+func newBatches(s *store, conns int) batches {
+	reads, fullReads := newLane(), make(lane, max(1, conns/4))
+	writes, fullWrites := newLane(), make(lane, max(1, conns/4))
 	return batches{
-		creates: newCoalescer(writes, s.createMany),
-		gets:    newCoalescer(reads, s.getMany),
-		finds:   newCoalescer(reads, s.findMany),
-		updates: newCoalescer(writes, s.updateMany),
-		deletes: newCoalescer(writes, s.deleteMany),
-		pings:   newCoalescer(newLane(), s.pingMany),
+		creates: newCoalescer(writes, fullWrites, s.createMany),
+		gets:    newCoalescer(reads, fullReads, s.getMany),
+		finds:   newCoalescer(reads, fullReads, s.findMany),
+		updates: newCoalescer(writes, fullWrites, s.updateMany),
+		deletes: newCoalescer(writes, fullWrites, s.deleteMany),
+		pings:   newCoalescer(newLane(), nil, s.pingMany),
 		reads:   reads,
 	}
 }

@@ -23,8 +23,11 @@ import (
 //
 // One statement at a time is enough while statements are short, and the fewer
 // there are, the more rides in each: so all kinds of reads take turns in one
-// lane, and all kinds of writes in another. One that takes long (it waits for a
-// lock, or reads from a slow disk) gives its turn up and goes on beside the next.
+// lane, and all kinds of writes in another. Two have no use for that: one that
+// takes long (it waits for a lock, or reads from a slow disk) gives its turn up
+// and goes on beside the next; and one that is full, to which more calls would
+// add more than they save, sets out without a turn. So where PostgreSQL is far
+// away, the network is not waited for by one statement after the other.
 
 // A lane is where statements take turns: who has sent to it has the turn, and
 // receives from it at the end.
@@ -36,6 +39,7 @@ func newLane() lane { return make(lane, 1) }
 // and A what it gets. It is safe for concurrent use.
 type coalescer[Q, A any] struct {
 	lane lane
+	full lane // has a place for each statement of maxCalls beside it; nil: no number of calls is too many for one
 	// run answers all calls of one statement, by setting the answer or the err
 	// of each. ctx ends with the call, or, of several, when the last of them would.
 	run func(ctx context.Context, calls []*call[Q, A])
@@ -60,14 +64,15 @@ const (
 	// patient is for how long a statement may keep its turn: several times what
 	// an ordinary commit takes.
 	patient = 10 * time.Millisecond
-	// maxCalls bounds the calls of one statement, and so the memory that it takes.
-	maxCalls = 256
+	// maxCalls is what makes a statement full. By then, the cost of a statement as
+	// such is some hundredths of what its calls cost.
+	maxCalls = 24
 	// maxWaiting bounds the queue: who would be behind so many is refused.
 	maxWaiting = 4096
 )
 
-func newCoalescer[Q, A any](l lane, run func(context.Context, []*call[Q, A])) *coalescer[Q, A] {
-	return &coalescer[Q, A]{lane: l, run: run}
+func newCoalescer[Q, A any](l, full lane, run func(context.Context, []*call[Q, A])) *coalescer[Q, A] {
+	return &coalescer[Q, A]{lane: l, full: full, run: run}
 }
 
 // do asks, possibly together with others, and returns the answer. A call joins
@@ -98,6 +103,13 @@ func (c *coalescer[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
 	}
 	me.done = make(chan struct{})
 	c.waiting = append(c.waiting, me)
+	if len(c.waiting) >= maxCalls {
+		select {
+		case c.full <- struct{}{}:
+			go c.runFull()
+		default:
+		}
+	}
 	c.mu.Unlock()
 
 	select {
@@ -130,30 +142,63 @@ func (c *coalescer[Q, A]) collect() {
 	c.work(c.take())
 }
 
-// take removes the calls of the next statement from the queue, up to maxCalls.
+// take removes the calls of the next statement from the queue.
 func (c *coalescer[Q, A]) take() (calls []*call[Q, A]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n := min(len(c.waiting), maxCalls)
-	for _, call := range c.waiting[:n] {
-		if call.ctx.Err() == nil { // else it is about to leave
-			calls = append(calls, call)
-		}
+	n := len(c.waiting)
+	if c.full != nil {
+		n = min(n, maxCalls)
 	}
-	c.waiting = slices.Delete(c.waiting, 0, n)
+	calls = c.remove(n)
 	if c.collecting = len(c.waiting) > 0; c.collecting {
 		go c.collect()
 	}
 	return calls
 }
 
-// work runs a statement for calls, and tells them. It has the turn, and gives it up.
+// remove removes the first n who wait, and returns those who still do.
+func (c *coalescer[Q, A]) remove(n int) []*call[Q, A] {
+	calls := make([]*call[Q, A], 0, n)
+	for _, call := range c.waiting[:n] {
+		if call.ctx.Err() == nil { // else it is about to leave
+			calls = append(calls, call)
+		}
+	}
+	c.waiting = slices.Delete(c.waiting, 0, n)
+	return calls
+}
+
+// runFull runs full statements as long as there are calls for them. It has a
+// place for one, and gives it up.
+func (c *coalescer[Q, A]) runFull() {
+	for {
+		c.mu.Lock()
+		if len(c.waiting) < maxCalls { // they wait for their turn
+			<-c.full
+			c.mu.Unlock()
+			return
+		}
+		calls := c.remove(maxCalls)
+		c.mu.Unlock()
+		c.serve(calls)
+	}
+}
+
+// work runs a statement for calls. It has the turn, and gives it up.
 func (c *coalescer[Q, A]) work(calls []*call[Q, A]) {
-	if len(calls) == 0 {
+	impatience := time.AfterFunc(patient, func() { <-c.lane })
+	c.serve(calls)
+	if impatience.Stop() { // else it has given up the turn
 		<-c.lane
+	}
+}
+
+// serve runs a statement for calls, and tells them.
+func (c *coalescer[Q, A]) serve(calls []*call[Q, A]) {
+	if len(calls) == 0 {
 		return
 	}
-	impatience := time.AfterFunc(patient, func() { <-c.lane })
 	defer func() {
 		v := recover() // each caller panics with it in its own goroutine, where it belongs
 		if v != nil {
@@ -164,9 +209,6 @@ func (c *coalescer[Q, A]) work(calls []*call[Q, A]) {
 			if call.done != nil {
 				close(call.done)
 			}
-		}
-		if impatience.Stop() { // else it has given up the turn
-			<-c.lane
 		}
 	}()
 	ctx := calls[0].ctx
@@ -217,7 +259,7 @@ func (s *sharer[A]) do(ctx context.Context, key string, read func(context.Contex
 	s.mu.Lock()
 	one := s.byKey[key]
 	if one == nil {
-		one = &shared[A]{coalescer: newCoalescer(s.lane, func(ctx context.Context, calls []*call[struct{}, A]) {
+		one = &shared[A]{coalescer: newCoalescer(s.lane, nil, func(ctx context.Context, calls []*call[struct{}, A]) {
 			answer, err := read(ctx)
 			for _, c := range calls {
 				c.answer, c.err = answer, err

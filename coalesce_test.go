@@ -81,7 +81,7 @@ func wantBegun(t *testing.T, s *statements, want ...[]int) {
 func TestCoalesceWhoWaitTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(newLane(), s.run)
+		c := newCoalescer(newLane(), nil, s.run)
 		ask(t, t.Context(), c, 1, nil)
 		wantBegun(t, s, []int{1}) // a lone request travels alone, at once
 		for n := 2; n <= 5; n++ {
@@ -104,7 +104,7 @@ func TestCoalesceWhoWaitTogether(t *testing.T) {
 func TestCoalesceSlowStatement(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(newLane(), s.run)
+		c := newCoalescer(newLane(), nil, s.run)
 		ask(t, t.Context(), c, 1, nil)
 		ask(t, t.Context(), c, 2, nil)
 		wantBegun(t, s, []int{1})
@@ -128,7 +128,7 @@ func TestCoalesceTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
 		l := newLane()
-		a, b := newCoalescer(l, s.run), newCoalescer(l, s.run)
+		a, b := newCoalescer(l, nil, s.run), newCoalescer(l, nil, s.run)
 		ask(t, t.Context(), a, 1, nil)
 		ask(t, t.Context(), b, 2, nil)
 		ask(t, t.Context(), a, 3, nil)
@@ -145,7 +145,7 @@ func TestCoalesceTurns(t *testing.T) {
 func TestCoalesceWhoLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(newLane(), s.run)
+		c := newCoalescer(newLane(), nil, s.run)
 		first, leaveFirst := context.WithCancel(t.Context())
 		second, leaveSecond := context.WithCancel(t.Context())
 		third, leaveThird := context.WithCancel(t.Context())
@@ -169,7 +169,7 @@ func TestCoalesceWhoLeaves(t *testing.T) {
 func TestCoalesceWhoLeavesFromAStatement(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(newLane(), s.run)
+		c := newCoalescer(newLane(), nil, s.run)
 		ctx, leave := context.WithTimeout(t.Context(), time.Millisecond)
 		defer leave()
 		ask(t, t.Context(), c, 1, nil)
@@ -189,7 +189,7 @@ func TestCoalesceDeadline(t *testing.T) {
 		var deadlines []time.Duration
 		start := time.Now()
 		begin := make(chan bool)
-		c := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int]) {
+		c := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int]) {
 			<-begin
 			deadline, ok := ctx.Deadline()
 			if !ok {
@@ -215,9 +215,17 @@ func TestCoalesceDeadline(t *testing.T) {
 func TestCoalesceBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStatements()
-		c := newCoalescer(newLane(), s.run)
+		c := newCoalescer(newLane(), make(lane, 2), s.run)
 		ask(t, t.Context(), c, 0, nil)
 		wantBegun(t, s, []int{0})
+		for n := range 2 * maxCalls { // full ones need no turn, but there are two places for them
+			ask(t, t.Context(), c, n, nil)
+		}
+		running := len(s.begun())
+		if running != 2 {
+			t.Fatalf("%d full statements began", running)
+		}
+		running++
 		for n := range maxWaiting {
 			go c.do(t.Context(), n)
 		}
@@ -226,20 +234,62 @@ func TestCoalesceBounds(t *testing.T) {
 		if _, err := c.do(t.Context(), 1); !errors.As(err, &refused) || refused.kind != kindUnavailable {
 			t.Errorf("one more than can wait: %v", err)
 		}
-		for left := maxWaiting; left > 0; left -= maxCalls {
+		wantBegun(t, s)
+		for left := maxWaiting; left > 0; {
 			s.letGo()
-			if begun := s.begun(); len(begun) != 1 || len(begun[0]) != maxCalls {
-				t.Fatalf("%d calls are left, and statements began with %v", left, begun)
+			begun := s.begun()
+			if len(begun) != 1 || len(begun[0]) != min(left, maxCalls) {
+				// With the last few there is a full statement less.
+				if left >= maxCalls || len(begun) > 0 {
+					t.Fatalf("%d calls are left, and statements began with %v", left, begun)
+				}
+				running--
+				continue
 			}
+			left -= len(begun[0])
 		}
+		for range running {
+			s.letGo()
+		}
+	})
+}
+
+// A full statement sets out at once, beside the one whose turn it is. The rest
+// waits.
+func TestCoalesceFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatements()
+		c := newCoalescer(newLane(), make(lane, 1), s.run)
+		ask(t, t.Context(), c, 0, nil)
+		wantBegun(t, s, []int{0})
+		var first, second []int
+		for n := range maxCalls - 1 {
+			ask(t, t.Context(), c, n, nil)
+			first, second = append(first, n), append(second, 1000+n)
+		}
+		wantBegun(t, s)
+		ask(t, t.Context(), c, 99, nil)
+		wantBegun(t, s, append(first, 99))
+		for _, n := range append(second, 1099, 1100) {
+			ask(t, t.Context(), c, n, nil)
+		}
+		wantBegun(t, s) // the place is taken
+		s.letGo()       // whichever of the two it is
+		wantBegun(t, s, append(second, 1099))
 		s.letGo()
+		s.letGo()
+		wantBegun(t, s, []int{1100})
+		s.letGo()
+		if len(c.full) != 0 || len(c.lane) != 0 {
+			t.Error("a place is still taken")
+		}
 	})
 }
 
 func TestCoalescePanic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := make(chan bool)
-		c := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int]) {
+		c := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int]) {
 			if <-begin; calls[0].ask == 2 {
 				panic("as the test wants it")
 			}
@@ -272,7 +322,7 @@ func TestCoalescePanic(t *testing.T) {
 func TestCoalesceReadsSeeWrites(t *testing.T) {
 	t.Parallel()
 	var written, acknowledged atomic.Int64
-	reads := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int64]) {
+	reads := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int64]) {
 		seen := written.Load()
 		runtime.Gosched() // a statement takes longer than its look into the table
 		for _, c := range calls {
@@ -303,7 +353,7 @@ func TestCoalesceReadsSeeWrites(t *testing.T) {
 // Callers come and leave at random, and each who stays gets its own answer.
 func TestCoalesceStress(t *testing.T) {
 	t.Parallel()
-	c := newCoalescer(newLane(), func(ctx context.Context, calls []*call[int, int]) {
+	c := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int]) {
 		for _, c := range calls {
 			c.answer = 2 * c.ask
 		}

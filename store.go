@@ -75,7 +75,7 @@ type store struct {
 // [store.start] does.
 func openStore(cfg config, log *slog.Logger) *store {
 	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
-	s.many = newBatches(s)
+	s.many = newBatches(s, cfg.dbMaxConns)
 	s.alone = newLockQueue(cfg.dbMaxConns)
 	database := cfg.database
 	database.ConnectTimeout = min(database.ConnectTimeout, cfg.requestTimeout)
