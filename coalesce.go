@@ -23,11 +23,11 @@ import (
 //
 // One statement at a time is enough while statements are short, and the fewer
 // there are, the more rides in each: so all kinds of reads take turns in one
-// lane, and all kinds of writes in another. Two have no use for that: one that
-// takes long (it waits for a lock, or reads from a slow disk) gives its turn up
-// and goes on beside the next; and one that is full, to which more calls would
-// add more than they save, sets out without a turn. So where PostgreSQL is far
-// away, the network is not waited for by one statement after the other.
+// lane, and all kinds of writes in another. Two sorts of statements do without a
+// turn: one that takes long (it waits for a lock, or reads from a slow disk) gives
+// its turn up and goes on beside the next; and one that is full, which more calls
+// would hardly make cheaper, sets out at once. So where PostgreSQL is far away,
+// the network is not waited for by one statement after the other.
 
 // A lane is where statements take turns: who has sent to it has the turn, and
 // receives from it at the end.
