@@ -260,8 +260,12 @@ func traceID(given []string) string {
 // An answerConn is a connection on which an answer can go out in one piece. By
 // itself, net/http writes in two what is longer than its buffer of 4 KiB, and so
 // wakes the caller twice: for a page of 20 users, a seventh of the whole cost.
+//
+// It is safe for concurrent use, as TLS demands: to a change of keys (RFC 8446,
+// section 4.6.3) it replies from the goroutine that reads.
 type answerConn struct {
 	net.Conn
+	mu       sync.Mutex
 	gathered *[]byte // nil: what is written goes out at once
 }
 
@@ -272,33 +276,48 @@ const gatherBytes = 64 << 10
 var gatherings = sync.Pool{New: func() any { return new([]byte) }}
 
 // gather holds back what is written from now on, until send.
-func (c *answerConn) gather() { c.gathered = gatherings.Get().(*[]byte) }
+func (c *answerConn) gather() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gathered = gatherings.Get().(*[]byte)
+}
 
-// send writes what was held back.
+// send writes what was held back. If it can't, it closes the connection: net/http
+// was told that all is well, and would go on with the next answer.
 func (c *answerConn) send() error {
-	var err error
-	if len(*c.gathered) > 0 {
-		_, err = c.Conn.Write(*c.gathered)
-	}
-	*c.gathered = (*c.gathered)[:0]
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	err := c.flush()
 	gatherings.Put(c.gathered)
 	c.gathered = nil
+	if err != nil {
+		c.Conn.Close()
+	}
+	return err
+}
+
+func (c *answerConn) flush() (err error) {
+	if len(*c.gathered) > 0 {
+		_, err = c.Conn.Write(*c.gathered)
+		*c.gathered = (*c.gathered)[:0]
+	}
 	return err
 }
 
 func (c *answerConn) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.gathered == nil {
 		return c.Conn.Write(p)
 	}
-	if len(*c.gathered)+len(p) > gatherBytes {
-		err := c.send()
-		if c.gather(); err != nil {
-			return 0, err
-		}
-		return c.Conn.Write(p)
+	if len(*c.gathered)+len(p) <= gatherBytes {
+		*c.gathered = append(*c.gathered, p...)
+		return len(p), nil
 	}
-	*c.gathered = append(*c.gathered, p...)
-	return len(p), nil
+	if err := c.flush(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
 }
 
 // NetConn returns the connection below, as [tls.Conn.NetConn] does.

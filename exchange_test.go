@@ -10,10 +10,13 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 	"unicode/utf8"
 )
 
@@ -457,5 +460,57 @@ func TestOneWritePerAnswer(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// What net/http was told is written, and could not be: the connection must not
+// be used for another answer.
+func TestAnswerConnFails(t *testing.T) {
+	t.Parallel()
+	client, server := net.Pipe()
+	defer client.Close()
+	c := &answerConn{Conn: server}
+	c.gather()
+	if n, err := c.Write([]byte("half an answer")); n != 14 || err != nil {
+		t.Fatal(n, err)
+	}
+	c.SetWriteDeadline(time.Unix(1, 0)) // nobody reads
+	if err := c.send(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("sent: %v", err)
+	}
+	if _, err := client.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the connection is not closed: %v", err)
+	}
+}
+
+// TLS writes from two goroutines.
+func TestAnswerConnIsShared(t *testing.T) {
+	t.Parallel()
+	client, server := net.Pipe()
+	c := &answerConn{Conn: server}
+	const rounds = 1000
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		for range rounds {
+			c.gather()
+			c.Write([]byte("a"))
+			c.Write([]byte("a"))
+			if err := c.send(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	writing.Go(func() {
+		for range rounds {
+			c.Write([]byte("b"))
+		}
+	})
+	go func() {
+		writing.Wait()
+		c.Close()
+	}()
+	got, err := io.ReadAll(client)
+	if a, b := bytes.Count(got, []byte("a")), bytes.Count(got, []byte("b")); err != nil || a != 2*rounds || b != rounds {
+		t.Errorf("%d and %d arrived, %v", a, b, err)
 	}
 }
