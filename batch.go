@@ -11,21 +11,23 @@ import (
 // They tell the calls apart by their ids. What a statement can't do at once it
 // leaves out, and its caller does it alone, to get the same answer or the same
 // error as ever: a row that is locked, so that it delays only its own callers,
-// an address that is taken, a precondition that does not hold.
+// an address that is taken, a precondition that does not hold. What they have
+// locked they reach by its place, ctid; and by its id too, since in a table that
+// inherits from users another row may have the same place.
 var (
 	insertUsers = "INSERT INTO users (id, email, name) SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) " +
 		"ON CONFLICT DO NOTHING RETURNING " + columns
 	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
 	findUsers   = "SELECT " + columns + ", wanted FROM unnest($1::text[]) AS wanted JOIN users ON lower(email) = lower(wanted)"
-	updateUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, new_email, new_name " +
+	updateUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, user_id, new_email, new_name " +
 		"FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[]) AS change (user_id, new_email, new_name, match, none_match) " +
 		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR NO KEY UPDATE OF users SKIP LOCKED) " +
 		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
-		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') FROM free WHERE users.ctid = place RETURNING " + columns
-	deleteUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place " +
+		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') FROM free WHERE users.ctid = place AND id = user_id RETURNING " + columns
+	deleteUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, user_id " +
 		"FROM unnest($1::uuid[], $2::text[], $3::text[]) AS gone (user_id, match, none_match) " +
 		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR UPDATE OF users SKIP LOCKED) " +
-		"DELETE FROM users USING free WHERE users.ctid = place RETURNING " + columns
+		"DELETE FROM users USING free WHERE users.ctid = place AND id = user_id RETURNING " + columns
 )
 
 // errAlone is the answer to a call that its statement has left out, or that
@@ -72,8 +74,8 @@ type batches struct {
 	reads   lane // of gets and finds, and of pages
 }
 
-// newBatches returns the queues of a store with so many connections. Up to half
-// of them are for full statements.
+// newBatches returns the queues of a store with so many connections, of which full
+// statements may use half, or two if there are fewer.
 func newBatches(s *store, conns int) batches {
 	reads, fullReads := newLane(), make(lane, max(1, conns/4))
 	writes, fullWrites := newLane(), make(lane, max(1, conns/4))

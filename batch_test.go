@@ -164,6 +164,26 @@ func TestDeleteMany(t *testing.T) {
 	}
 }
 
+// A table that inherits from users has rows in the same places, under other ids.
+// They are nobody's who was asked for.
+func TestManyBesideAnInheritedTable(t *testing.T) {
+	t.Parallel()
+	s := newStore(t)
+	a, b := mustCreate(t, s, "a@example.com"), mustCreate(t, s, "b@example.com")
+	mustExec(t, s.db, "CREATE TABLE old_users () INHERITS (users)")
+	mustExec(t, s.db, "INSERT INTO old_users (id, email, name) SELECT gen_random_uuid(), 'old' || n, 'old' FROM generate_series(1, 20) n")
+	name := "new"
+	calls := callsOf(userChange{id: a.ID, name: &name}, userChange{id: b.ID, name: &name})
+	s.updateMany(t.Context(), calls)
+	wantOutcomes(t, calls, "a@example.com new", "b@example.com new")
+	calls = callsOf(userChange{id: a.ID}, userChange{id: b.ID})
+	s.deleteMany(t.Context(), calls)
+	wantOutcomes(t, calls, "a@example.com new", "b@example.com new")
+	if n := count(t, s.db, "SELECT count(*) FROM old_users WHERE name = 'old'"); n != 20 {
+		t.Errorf("%d of 20 are as they were", n)
+	}
+}
+
 // A row that somebody has locked is left out, and the others don't wait for it.
 func TestManyAroundALockedRow(t *testing.T) {
 	t.Parallel()

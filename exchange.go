@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -36,7 +35,7 @@ type exchange struct {
 	places   chan struct{} // those in flight, for enter; nil: there is no limit
 	inside   bool          // it holds one of them
 	writing  *budget       // of all large answers; nil: there is no limit
-	conn     *answerConn   // that the answer goes out on; nil: it is shared with others, or unknown
+	conn     *answerConn   // that the answer goes out on; nil: it is one of TLS, or unknown
 }
 
 // enter takes a place among the requests in flight, or fails when there is none.
@@ -96,7 +95,13 @@ func (x *exchange) write(p []byte) (int, error) {
 	}
 	x.conn.gather()
 	n, err := x.ResponseWriter.Write(p)
-	return n, errors.Join(err, http.NewResponseController(x.ResponseWriter).Flush(), x.conn.send())
+	err = errors.Join(err, http.NewResponseController(x.ResponseWriter).Flush())
+	if broken := x.conn.send(); broken != nil {
+		// net/http takes it for written, and would go on with the next request.
+		x.cause = broken
+		panic(http.ErrAbortHandler)
+	}
+	return n, err
 }
 
 // begin notes the status, just before the head of the answer goes out. That is the
@@ -131,9 +136,7 @@ func observe(log *slog.Logger, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		x := &exchange{ResponseWriter: w, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
-		if r.ProtoMajor == 1 {
-			x.conn, _ = r.Context().Value(connKey{}).(*answerConn)
-		}
+		x.conn, _ = r.Context().Value(connKey{}).(*answerConn)
 		h := w.Header()
 		h["X-Request-Id"] = []string{x.id}
 		h["X-Content-Type-Options"] = nosniff
@@ -260,39 +263,22 @@ func traceID(given []string) string {
 // An answerConn is a connection on which an answer can go out in one piece. By
 // itself, net/http writes in two what is longer than its buffer of 4 KiB, and so
 // wakes the caller twice: for a page of 20 users, a seventh of the whole cost.
-//
-// It is safe for concurrent use, as TLS demands: to a change of keys (RFC 8446,
-// section 4.6.3) it replies from the goroutine that reads.
 type answerConn struct {
 	net.Conn
-	mu       sync.Mutex
 	gathered *[]byte // nil: what is written goes out at once
 }
 
-// gatherBytes is the most that is copied to be written at once: beyond that, one
-// more write costs less.
-const gatherBytes = 64 << 10
-
 var gatherings = sync.Pool{New: func() any { return new([]byte) }}
 
-// gather holds back what is written from now on, until send.
-func (c *answerConn) gather() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.gathered = gatherings.Get().(*[]byte)
-}
+// gather holds back what is written from now on, until send. It is for the
+// goroutine that serves the connection's requests: nobody else writes to it.
+func (c *answerConn) gather() { c.gathered = gatherings.Get().(*[]byte) }
 
-// send writes what was held back. If it can't, it closes the connection: net/http
-// was told that all is well, and would go on with the next answer.
+// send writes what was held back.
 func (c *answerConn) send() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	err := c.flush()
 	gatherings.Put(c.gathered)
 	c.gathered = nil
-	if err != nil {
-		c.Conn.Close()
-	}
 	return err
 }
 
@@ -305,12 +291,10 @@ func (c *answerConn) flush() (err error) {
 }
 
 func (c *answerConn) Write(p []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.gathered == nil {
 		return c.Conn.Write(p)
 	}
-	if len(*c.gathered)+len(p) <= gatherBytes {
+	if len(*c.gathered)+len(p) <= smallBytes { // what is larger is not copied: one more write costs less
 		*c.gathered = append(*c.gathered, p...)
 		return len(p), nil
 	}
@@ -347,9 +331,11 @@ func (l answerListener) Accept() (net.Conn, error) {
 type connKey struct{}
 
 // withAnswerConn is the ConnContext of an [http.Server] behind an answerListener.
+// TLS is left alone: it also writes from the goroutine that reads (RFC 8446,
+// section 4.6.3), and its Close waits for what is being written below it.
 func withAnswerConn(ctx context.Context, c net.Conn) context.Context {
-	if secured, ok := c.(*tls.Conn); ok {
-		c = secured.NetConn()
+	if answers, ok := c.(*answerConn); ok {
+		return context.WithValue(ctx, connKey{}, answers)
 	}
-	return context.WithValue(ctx, connKey{}, c)
+	return ctx
 }

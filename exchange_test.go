@@ -10,10 +10,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -407,7 +405,7 @@ func (l *countedListener) Accept() (net.Conn, error) {
 	return countedConn{c, &l.writes}, err
 }
 
-// However long an answer is, up to gatherBytes, it goes out in one write.
+// However long an answer is, up to smallBytes, it goes out in one write.
 func TestOneWritePerAnswer(t *testing.T) {
 	t.Parallel()
 	checkLeaks(t)
@@ -435,7 +433,7 @@ func TestOneWritePerAnswer(t *testing.T) {
 	}()
 	transport := new(http.Transport)
 	defer transport.CloseIdleConnections()
-	for n := range gatherBytes * 2 {
+	for n := range smallBytes * 2 {
 		if n > 64 && n%613 != 0 && (n < 3400 || n > 4200) {
 			continue
 		}
@@ -455,7 +453,7 @@ func TestOneWritePerAnswer(t *testing.T) {
 				if err != nil || method == "GET" && len(body) != n || method == "HEAD" && len(body) != 0 {
 					t.Fatalf("%s, %d bytes: got %d, %v", method, n, len(body), err)
 				}
-				if writes := counted.writes.Load() - before; n < gatherBytes-1024 && query == "" && writes != 1 {
+				if writes := counted.writes.Load() - before; n < smallBytes-1024 && query == "" && writes != 1 {
 					t.Fatalf("%s, %d bytes: %d writes", method, n, writes)
 				}
 			}
@@ -463,54 +461,43 @@ func TestOneWritePerAnswer(t *testing.T) {
 	}
 }
 
-// What net/http was told is written, and could not be: the connection must not
-// be used for another answer.
-func TestAnswerConnFails(t *testing.T) {
+// An answer of which net/http was told that it is written, and could not be, is
+// the last one of its connection, though another request is there already.
+func TestAnswerThatBreaksOff(t *testing.T) {
 	t.Parallel()
-	client, server := net.Pipe()
-	defer client.Close()
-	c := &answerConn{Conn: server}
-	c.gather()
-	if n, err := c.Write([]byte("half an answer")); n != 14 || err != nil {
-		t.Fatal(n, err)
+	checkLeaks(t)
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
 	}
-	c.SetWriteDeadline(time.Unix(1, 0)) // nobody reads
-	if err := c.send(); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("sent: %v", err)
-	}
-	if _, err := client.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("the connection is not closed: %v", err)
-	}
-}
-
-// TLS writes from two goroutines.
-func TestAnswerConnIsShared(t *testing.T) {
-	t.Parallel()
-	client, server := net.Pipe()
-	c := &answerConn{Conn: server}
-	const rounds = 1000
-	var writing sync.WaitGroup
-	writing.Go(func() {
-		for range rounds {
-			c.gather()
-			c.Write([]byte("a"))
-			c.Write([]byte("a"))
-			if err := c.send(); err != nil {
-				t.Error(err)
-			}
+	var served atomic.Int64
+	log := new(syncBuffer)
+	server := &http.Server{Handler: observe(slog.New(slog.NewJSONHandler(log, nil)), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		served.Add(1)
+		http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0))
+		w.Write(make([]byte, 5000))
+	}))}
+	done := make(chan error, 1)
+	go func() { done <- listen(server, tcp) }()
+	defer func() {
+		server.Close()
+		if err := <-done; err != nil {
+			t.Error(err)
 		}
-	})
-	writing.Go(func() {
-		for range rounds {
-			c.Write([]byte("b"))
-		}
-	})
-	go func() {
-		writing.Wait()
-		c.Close()
 	}()
-	got, err := io.ReadAll(client)
-	if a, b := bytes.Count(got, []byte("a")), bytes.Count(got, []byte("b")); err != nil || a != 2*rounds || b != rounds {
-		t.Errorf("%d and %d arrived, %v", a, b, err)
+	client, err := net.Dial("tcp", tcp.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	io.WriteString(client, strings.Repeat("GET / HTTP/1.1\r\nHost: x\r\n\r\n", 3))
+	if got, err := io.ReadAll(client); err != nil || len(got) != 0 {
+		t.Errorf("%q, %v", got, err)
+	}
+	if n := served.Load(); n != 1 {
+		t.Errorf("%d requests were served", n)
+	}
+	if !strings.Contains(log.String(), "i/o timeout") {
+		t.Errorf("logged %s", log)
 	}
 }

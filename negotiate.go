@@ -94,6 +94,7 @@ type gzipWriter struct {
 	http.ResponseWriter
 	accepted bool
 	decided  bool
+	status   int          // of an answer that is being packed: its head waits for the length
 	gz       *gzip.Writer // nil: the answer passes as it is
 	packed   bytes.Buffer // what gz has made: no caller, however slow it reads, holds on to gz
 }
@@ -107,10 +108,10 @@ func (w *gzipWriter) WriteHeader(status int) {
 		if length > gzipMinBytes && h.Get("ETag") == "" && h.Get("Content-Encoding") == "" {
 			h.Add("Vary", "Accept-Encoding")
 			if w.accepted {
-				h.Set("Content-Encoding", "gzip")
-				h.Del("Content-Length") // known only when all is compressed
+				w.status = status
 				w.gz = gzippers.Get().(*gzip.Writer)
 				w.gz.Reset(&w.packed)
+				return
 			}
 		}
 	}
@@ -131,6 +132,9 @@ func (w *gzipWriter) finish() {
 	if w.gz != nil {
 		w.gz.Close()
 		gzippers.Put(w.gz)
+		w.Header().Set("Content-Encoding", "gzip")
+		w.Header().Set("Content-Length", strconv.Itoa(w.packed.Len()))
+		w.ResponseWriter.WriteHeader(w.status)
 		w.ResponseWriter.Write(w.packed.Bytes()) // an error here means that the caller is gone
 	}
 }
