@@ -189,14 +189,7 @@ func TestManyAroundALockedRow(t *testing.T) {
 	t.Parallel()
 	s := newStore(t)
 	a, locked := mustCreate(t, s, "a@example.com"), mustCreate(t, s, "locked@example.com")
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("SELECT FROM users WHERE id = $1 FOR UPDATE", locked.ID); err != nil {
-		t.Fatal(err)
-	}
+	begin(t, s.db, "SELECT FROM users WHERE id = $1 FOR UPDATE", locked.ID)
 	name := "new"
 	calls := callsOf(userChange{id: locked.ID, name: &name}, userChange{id: a.ID, name: &name})
 	s.updateMany(t.Context(), calls)
@@ -302,14 +295,7 @@ func TestMixedLoad(t *testing.T) {
 func TestStopWithAFullQueue(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("LOCK TABLE users IN EXCLUSIVE MODE"); err != nil {
-		t.Fatal(err)
-	}
+	tx := begin(t, s.db, "LOCK TABLE users IN EXCLUSIVE MODE")
 	const many = 150
 	answers := make(chan answerOrError, many)
 	for i := range many {

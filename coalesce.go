@@ -18,7 +18,7 @@ import (
 //
 // There is no added delay. A caller who finds no statement under way runs one
 // at once, alone: a lone request travels alone. Those who come meanwhile wait;
-// when the statement has ended, the next takes all who wait by then. The
+// when the statement has ended, the next takes those who wait by then. The
 // busier it gets, the more is asked at a time.
 //
 // One statement at a time is enough while statements are short, and the fewer

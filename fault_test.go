@@ -386,20 +386,6 @@ func TestConnectionsUsedUp(t *testing.T) {
 	}
 }
 
-// begin begins a transaction that ends with the test, unless release ends it before.
-func begin(t *testing.T, s *service, text string, args ...any) (release func()) {
-	t.Helper()
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { tx.Rollback() })
-	if _, err := tx.Exec(text, args...); err != nil {
-		t.Fatal(err)
-	}
-	return func() { tx.Rollback() }
-}
-
 // Rows that somebody has locked delay those who want to change them, and nobody
 // else, however many these are.
 func TestLockedRowsDelayTheirOwnCallers(t *testing.T) {
@@ -419,7 +405,7 @@ func TestLockedRowsDelayTheirOwnCallers(t *testing.T) {
 			for i := range test.rows {
 				locked = append(locked, newUser(s, fmt.Sprintf("locked%d@example.com", i)).header.Get("Location"))
 			}
-			release := begin(t, s, "SELECT FROM users FOR UPDATE")
+			tx := begin(t, s.db, "SELECT FROM users FOR UPDATE")
 			var waiting pendingCalls
 			for i := range test.callers {
 				for _, path := range locked {
@@ -440,7 +426,7 @@ func TestLockedRowsDelayTheirOwnCallers(t *testing.T) {
 			if n := waiting.answered.Load(); n != 0 {
 				t.Errorf("%d writes did not wait for the lock", n)
 			}
-			release()
+			tx.Rollback()
 			for _, a := range waiting.wait() {
 				a.user(t)
 			}
@@ -454,7 +440,7 @@ func TestLockedRowUntilTheDeadline(t *testing.T) {
 	s := newService(t, "REQUEST_TIMEOUT=1s")
 	before := newUser(s, "locked@example.com")
 	path := before.header.Get("Location")
-	release := begin(t, s, "SELECT FROM users FOR UPDATE")
+	tx := begin(t, s.db, "SELECT FROM users FOR UPDATE")
 	var waiting pendingCalls
 	for range 20 {
 		waiting.goCall(s, "PUT", path, `{"name":"late"}`)
@@ -465,7 +451,7 @@ func TestLockedRowUntilTheDeadline(t *testing.T) {
 		wantError(t, a, 503, "The request took too long; the change may have been made all the same")
 		wantUnavailable(t, a)
 	}
-	release()
+	tx.Rollback()
 	if after := s.call("GET", path, ""); after.body != before.body {
 		t.Errorf("before %s\nafter  %s", before.body, after.body)
 	}
@@ -484,14 +470,7 @@ func TestLockedAddress(t *testing.T) {
 			t.Parallel()
 			s := newService(t, "DB_MAX_CONNS=4", "REQUEST_TIMEOUT=60s")
 			mover := newUser(s, "mover@example.com").header.Get("Location")
-			tx, err := s.db.Begin()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer tx.Rollback()
-			if _, err := tx.Exec("INSERT INTO users (id, email, name) VALUES ($1, 'Wanted@example.com', 'x')", noSuchID); err != nil {
-				t.Fatal(err)
-			}
+			tx := begin(t, s.db, "INSERT INTO users (id, email, name) VALUES ($1, 'Wanted@example.com', 'x')", noSuchID)
 			var waiting pendingCalls
 			for range 10 {
 				waiting.goCall(s, "POST", usersPath, `{"email":"wanted@example.com","name":"y"}`)
@@ -503,6 +482,7 @@ func TestLockedAddress(t *testing.T) {
 			if n := waiting.answered.Load(); n != 0 {
 				t.Errorf("%d did not wait", n)
 			}
+			var err error
 			winners := 1
 			if commit {
 				winners = 0
@@ -548,13 +528,13 @@ func TestLockedTable(t *testing.T) {
 		t.Parallel()
 		s := newService(t, "REQUEST_TIMEOUT=1s")
 		path := newUser(s, "a@example.com").header.Get("Location")
-		release := begin(t, s, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+		tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
 		calls := send(s, path)
 		wantHealthy(t, s)
 		for _, a := range calls.wait() {
 			wantUnavailable(t, a)
 		}
-		release()
+		tx.Rollback()
 		wantAllServed(t, s, 20)
 		if n := count(t, s.db, "SELECT count(*) FROM users WHERE name = 'late'"); n != 0 {
 			t.Errorf("%d writes were done after they had been given up", n)
@@ -564,13 +544,13 @@ func TestLockedTable(t *testing.T) {
 		t.Parallel()
 		s := newService(t, "REQUEST_TIMEOUT=60s")
 		path := newUser(s, "a@example.com").header.Get("Location")
-		release := begin(t, s, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+		tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
 		calls := send(s, path)
 		wantHealthy(t, s)
 		if n := calls.answered.Load(); n != 0 {
 			t.Errorf("%d did not wait for the table", n)
 		}
-		release()
+		tx.Rollback()
 		statuses := make(map[int]int)
 		for _, a := range calls.wait() {
 			statuses[a.status]++

@@ -87,6 +87,21 @@ func mustExec(t testing.TB, db *sql.DB, text string, args ...any) {
 	}
 }
 
+// begin begins a transaction with this statement, such as one that locks. It is
+// rolled back with the end of the test, if it has not ended before.
+func begin(t testing.TB, db *sql.DB, text string, args ...any) *sql.Tx {
+	t.Helper()
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tx.Rollback() })
+	if _, err := tx.Exec(text, args...); err != nil {
+		t.Fatal(err)
+	}
+	return tx
+}
+
 // A service is a running rollcall.
 type service struct {
 	t    testing.TB

@@ -440,14 +440,7 @@ func TestHalfClosed(t *testing.T) {
 	s := newService(t)
 	path := newUser(s, "a@example.com").header.Get("Location")
 	const body = `{"email":"b@example.com","name":"B"}`
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"); err != nil { // all have to wait
-		t.Fatal(err)
-	}
+	tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE") // all have to wait
 	requests := []string{
 		"GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n",
 		"GET /api/v1/users HTTP/1.0\r\n\r\n",

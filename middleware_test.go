@@ -257,14 +257,7 @@ func TestOrderNotStarted(t *testing.T) {
 func TestOrderInFlight(t *testing.T) {
 	t.Parallel()
 	s := newService(t, append(withAuth, "MAX_IN_FLIGHT=1")...)
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("LOCK TABLE users IN SHARE MODE"); err != nil { // which lets others read
-		t.Fatal(err)
-	}
+	tx := begin(t, s.db, "LOCK TABLE users IN SHARE MODE") // which lets others read
 	const body = `{"email":"ada@example.com","name":"Ada"}`
 	slow := dialRaw(t, s)
 	slow.send(fmt.Sprintf("POST /api/v1/users HTTP/1.1\r\nHost: rollcall\r\n%s\r\n"+
@@ -727,14 +720,7 @@ func TestDeadline(t *testing.T) {
 func TestDeadlineReachesTheSQL(t *testing.T) {
 	t.Parallel()
 	s := newService(t, "REQUEST_TIMEOUT=200ms")
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"); err != nil {
-		t.Fatal(err)
-	}
+	begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
 	read := s.call("GET", "/api/v1/users", "")
 	write := s.call("POST", "/api/v1/users", `{"email":"ada@example.com","name":"Ada"}`)
 	for _, a := range []answer{read, write} {

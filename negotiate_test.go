@@ -359,7 +359,8 @@ func TestCompressManyAtOnce(t *testing.T) {
 			for i := range 20 {
 				size := 1025 + 977*caller + i
 				a, err := s.try("GET", fmt.Sprintf("/?size=%d", size), "", "Accept-Encoding: gzip")
-				if err != nil || a.header.Get("Content-Encoding") != "gzip" || gunzip(a.body) != string(pattern(size)) {
+				if err != nil || a.header.Get("Content-Encoding") != "gzip" || gunzip(a.body) != string(pattern(size)) ||
+					a.header.Get("Content-Length") != strconv.Itoa(len(a.body)) {
 					wrong <- fmt.Errorf("%d bytes are not what was sent: %v", size, err)
 					return
 				}

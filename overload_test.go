@@ -23,14 +23,7 @@ func TestChaosOverload(t *testing.T) {
 	s := newService(t, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns), "REQUEST_TIMEOUT=1h")
 	path := newUser(s, "a@example.com").header.Get("Location")
 	normal := returnsToNormal(t, poolConns)
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"); err != nil {
-		t.Fatal(err)
-	}
+	tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
 
 	const clients = 10 * places
 	var served, refused, wrong atomic.Int64

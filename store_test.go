@@ -438,14 +438,7 @@ func TestReadyWithFullPool(t *testing.T) {
 	t.Parallel()
 	s := newService(t, "DB_MAX_CONNS=1")
 	path := newUser(s, "a@example.com").header.Get("Location")
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("SELECT FROM users FOR UPDATE"); err != nil {
-		t.Fatal(err)
-	}
+	tx := begin(t, s.db, "SELECT FROM users FOR UPDATE")
 	done := make(chan bool)
 	go func() {
 		defer close(done)
@@ -516,14 +509,7 @@ func TestLockedRow(t *testing.T) {
 	s := newService(t, "REQUEST_TIMEOUT=500ms")
 	before := newUser(s, "locked@example.com")
 	other := newUser(s, "other@example.com")
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("SELECT FROM users WHERE email = 'locked@example.com' FOR UPDATE"); err != nil {
-		t.Fatal(err)
-	}
+	tx := begin(t, s.db, "SELECT FROM users WHERE email = 'locked@example.com' FOR UPDATE")
 	a := s.call("PUT", before.header.Get("Location"), `{"name":"late"}`)
 	wantError(t, a, 503, "The request took too long; the change may have been made all the same")
 	if a.header.Get("Retry-After") == "" {
