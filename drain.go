@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"net"
 	"net/http"
-	"sync"
+	"slices"
 	"time"
 )
 
@@ -36,107 +34,53 @@ import (
 // for longer are as likely to be hit at any other moment.
 const lastCall = 250 * time.Millisecond
 
-// connections knows the state of each connection of a server.
-type connections struct {
-	all sync.Map // of net.Conn to *connection
-}
-
-type connection struct {
-	mu       sync.Mutex
-	state    http.ConnState
-	http2    bool
-	deadline time.Duration // what a request has to be read in, if hangUp has cut that short; else 0
-}
-
-// track is the ConnState of an [http.Server].
-func (c *connections) track(conn net.Conn, state http.ConnState) {
-	switch state {
-	case http.StateNew:
-		c.all.Store(conn, &connection{state: state})
-	case http.StateHijacked, http.StateClosed:
-		c.all.Delete(conn)
-	default:
-		if v, ok := c.all.Load(conn); ok {
-			v.(*connection).enter(conn, state)
-		}
-	}
-}
-
-func (c *connection) enter(conn net.Conn, state http.ConnState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if t, ok := conn.(*tls.Conn); ok && c.state == http.StateNew { // the handshake is over
-		c.http2 = t.ConnectionState().NegotiatedProtocol == "h2"
-	}
-	c.state = state
-	if c.deadline > 0 { // a request was there first: it is served all the same
-		conn.SetReadDeadline(time.Now().Add(c.deadline))
-		c.deadline = 0
-	}
-}
-
 // hangUp has the server give up waiting for a request on a connection, if it is
 // idle and no byte of one is there. A deadline does that, and no harm to a request
 // that is being read: the server sets the deadlines of its own when it begins to,
-// and enter restores the last one of them.
+// and track restores the last one of them.
 //
 // A request of which only a part has arrived, and been read, when it is called is
 // not seen: its caller gets no answer, and nothing of it was done.
-func (c *connection) hangUp(conn net.Conn, readTimeout time.Duration, newToo bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, secured := conn.(*tls.Conn); secured { // while it is new, it may be in its handshake
+func (cs *connections) hangUp(c *connection, readTimeout time.Duration, newToo bool) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if c.over != nil { // while it is new, it may be in its handshake
 		newToo = false
 	}
-	if (c.state == http.StateIdle || c.state == http.StateNew && newToo) && !unread(conn) {
-		c.deadline = readTimeout
-		conn.SetReadDeadline(time.Unix(1, 0)) // long ago
+	if (c.state == http.StateIdle || c.state == http.StateNew && newToo) && !c.unread() {
+		c.cutShort = readTimeout
+		c.SetReadDeadline(time.Unix(1, 0)) // long ago
 	}
 }
 
 // unread reports whether bytes have arrived that nobody has read.
-func unread(conn net.Conn) bool {
-	for {
-		over, ok := conn.(interface{ NetConn() net.Conn }) // TLS, and answerConn
-		if !ok {
-			break
-		}
-		conn = over.NetConn()
-	}
-	n, err := peek(conn)
+func (c *connection) unread() bool {
+	n, err := peek(c.Conn)
 	return err == nil && n > 0
 }
 
 // open returns the connections of HTTP/1.
-func (c *connections) open() map[net.Conn]*connection {
-	conns := make(map[net.Conn]*connection)
-	for key, value := range c.all.Range {
-		state := value.(*connection)
-		state.mu.Lock()
-		http2 := state.http2
-		state.mu.Unlock()
-		if !http2 {
-			conns[key.(net.Conn)] = state
-		}
-	}
-	return conns
+func (cs *connections) open() []*connection {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	return slices.DeleteFunc(append(cs.waiting.all(), cs.busy.all()...), func(c *connection) bool { return c.http2 })
 }
 
 // drain lets the requests of a server finish, from step 3 on: Serve has returned.
 // Idle connections stay open until idleUntil. The error is that of ctx, if it ends
 // before all is done.
-func (c *connections) drain(ctx context.Context, server *http.Server, idleUntil time.Time) error {
+func (cs *connections) drain(ctx context.Context, server *http.Server, idleUntil time.Time) error {
 	newUntil := time.Now().Add(lastCall) // those that were accepted last have had no time before
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		open := c.open()
+		open := cs.open()
 		if len(open) == 0 {
 			return server.Shutdown(ctx)
 		}
 		if time.Now().After(idleUntil) {
-			for conn, state := range open {
-				state.hangUp(conn, server.ReadTimeout, time.Now().After(newUntil))
+			for _, c := range open {
+				cs.hangUp(c, server.ReadTimeout, time.Now().After(newUntil))
 			}
 		}
 		select {

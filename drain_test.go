@@ -360,7 +360,7 @@ func TestHangUp(t *testing.T) {
 }
 
 func testHangUp(t *testing.T, secure bool) {
-	var conns connections
+	conns := newConnections(2, slog.New(slog.DiscardHandler))
 	entered, goOn := make(chan struct{}, 1), make(chan struct{})
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == "POST" {
@@ -372,6 +372,7 @@ func testHangUp(t *testing.T, secure bool) {
 		}
 	}))
 	server.Config.ConnState = conns.track
+	server.Listener = connectionListener{server.Listener}
 	dial := net.Dial
 	if secure {
 		server.StartTLS()
@@ -382,19 +383,18 @@ func testHangUp(t *testing.T, secure bool) {
 		server.Start()
 	}
 	defer server.Close()
-	the := func(state http.ConnState) (net.Conn, *connection) {
-		var conn net.Conn
-		var c *connection
+	the := func(state http.ConnState) (c *connection) {
 		waitFor(t, "the connection to be "+state.String(), func() bool {
 			open := conns.open()
-			for conn, c = range open {
-				c.mu.Lock()
-				defer c.mu.Unlock()
-				return len(open) == 1 && c.state == state
+			if len(open) != 1 {
+				return false
 			}
-			return false
+			c = open[0]
+			conns.mu.Lock()
+			defer conns.mu.Unlock()
+			return c.state == state
 		})
-		return conn, c
+		return c
 	}
 
 	client, err := dial("tcp", server.Listener.Addr().String())
@@ -406,26 +406,30 @@ func testHangUp(t *testing.T, secure bool) {
 	r := bufio.NewReader(client)
 	fmt.Fprint(client, "POST / HTTP/1.1\r\nHost: rollcall\r\nContent-Length: 4\r\n\r\n")
 	<-entered
-	conn, c := the(http.StateActive)
+	c := the(http.StateActive)
 
 	// What can't be arranged from outside: a request that is found just when the
 	// connection, which is idle for a moment more, is given up.
 	c.state = http.StateIdle
-	c.hangUp(conn, patience, false)
-	if c.deadline == 0 {
+	conns.hangUp(c, patience, false)
+	if c.cutShort == 0 {
 		t.Fatal("the connection was not given up")
 	}
-	c.enter(conn, http.StateActive)
+	if c.over != nil {
+		conns.track(c.over, http.StateActive)
+	} else {
+		conns.track(c, http.StateActive)
+	}
 	fmt.Fprint(client, "body")
-	waitFor(t, "the body to arrive", func() bool { return unread(conn) })
+	waitFor(t, "the body to arrive", func() bool { return c.unread() })
 	c.state = http.StateIdle // and one whose bytes nobody has read yet
-	c.hangUp(conn, patience, false)
-	if c.deadline != 0 {
+	conns.hangUp(c, patience, false)
+	if c.cutShort != 0 {
 		t.Error("given up in spite of what has arrived")
 	}
 	c.state = http.StateActive
-	c.hangUp(conn, patience, false)
-	if c.deadline != 0 {
+	conns.hangUp(c, patience, false)
+	if c.cutShort != 0 {
 		t.Error("given up in the middle of a request")
 	}
 	close(goOn)
@@ -433,9 +437,9 @@ func testHangUp(t *testing.T, secure bool) {
 		t.Fatalf("the request: %v, %v", resp, err)
 	}
 
-	conn, c = the(http.StateIdle)
+	c = the(http.StateIdle)
 	waitFor(t, "the idle connection to be closed", func() bool {
-		c.hangUp(conn, patience, false) // again: the server may have set its own deadline just then
+		conns.hangUp(c, patience, false) // again: the server may have set its own deadline just then
 		return len(conns.open()) == 0
 	})
 	if _, err := r.ReadByte(); err != io.EOF {

@@ -33,7 +33,7 @@ type exchange struct {
 	places   chan struct{} // those in flight, for enter; nil: there is no limit
 	inside   bool          // it holds one of them
 	writing  *budget       // of all large answers; nil: there is no limit
-	conn     *answerConn   // that the answer goes out on; nil: it is one of TLS, or unknown
+	conn     *connection   // that the answer goes out on; nil: it is one of TLS, or unknown
 }
 
 // enter takes a place among the requests in flight, or fails when there is none.
@@ -134,7 +134,7 @@ func observe(log *slog.Logger, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		x := &exchange{ResponseWriter: w, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
-		x.conn, _ = r.Context().Value(connKey{}).(*answerConn)
+		x.conn, _ = r.Context().Value(connectionKey{}).(*connection)
 		h := w.Header()
 		h["X-Request-Id"] = []string{x.id}
 		h["X-Content-Type-Options"] = nosniff

@@ -463,39 +463,6 @@ func TestHalfClosed(t *testing.T) {
 	}
 }
 
-// A caller who has closed its half of the connection has the grace to be
-// answered in; then it counts as gone.
-func TestCallerGone(t *testing.T) {
-	t.Parallel()
-	ended := make(chan error, 1)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		connection := r.Context()
-		deadline(time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			<-connection.Done() // net/http has seen the end
-			if r.URL.Path == "/soon" {
-				w.WriteHeader(http.StatusOK)
-			} else {
-				<-r.Context().Done()
-			}
-			ended <- r.Context().Err()
-		})).ServeHTTP(w, r)
-	}))
-	defer server.Close()
-	for path, want := range map[string]error{"/soon": nil, "/late": context.Canceled} {
-		conn := dialRaw(t, &service{t: t, url: server.URL})
-		conn.send("GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n")
-		if err := conn.Conn.(*net.TCPConn).CloseWrite(); err != nil {
-			t.Fatal(err)
-		}
-		if got := readToEnd(t, conn); !strings.HasPrefix(got, "HTTP/1.1 200") {
-			t.Errorf("%s: %q", path, got)
-		}
-		if err := <-ended; err != want {
-			t.Errorf("%s: the context says %v; want %v", path, err, want)
-		}
-	}
-}
-
 // 10,000 requests at once on one connection are answered, one after the other.
 func TestPipelined(t *testing.T) {
 	t.Parallel()

@@ -1,11 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"container/list"
-	"crypto/tls"
 	"io"
-	"log/slog"
-	"net"
 	"net/http"
 	"sync"
 	"syscall"
@@ -35,7 +33,7 @@ const (
 	// lists of 1000 users each.
 	budgetBytes = 64 << 20
 	// maxConnections bounds memory, since net/http takes some 20 KB for each: see
-	// newConnectionLimit.
+	// mostConnections.
 	maxConnections = 10_000
 )
 
@@ -99,93 +97,35 @@ func (b *countedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// A connectionLimit keeps the connections of a server to a number. It is safe for
-// concurrent use.
-type connectionLimit struct {
-	most int
-	log  *slog.Logger
-
-	mu sync.Mutex
-	// Those between requests, the new ones among them, and those within one, each
-	// in the order in which they came to be so.
-	waiting, busy list.List
-	places        map[net.Conn]*place
-	cut           int       // since it was last logged
-	logged        time.Time // when that was
-}
-
-// A place is where a connection stands.
-type place struct {
-	list *list.List
-	*list.Element
-}
-
-// newConnectionLimit allows for as many connections as the process may have
-// files, less reserved ones, up to [maxConnections]. Beyond that, accept(2) would
-// fail with EMFILE: then not even health gets in, and no new connection to
-// PostgreSQL comes about.
-func newConnectionLimit(reserved int, log *slog.Logger) *connectionLimit {
+// mostConnections returns how many connections a server may have: as many as the
+// process may have files, less reserved ones, up to [maxConnections]. Beyond that,
+// accept(2) would fail with EMFILE: then not even health gets in, and no new
+// connection to PostgreSQL comes about.
+func mostConnections(reserved int) int {
 	most := maxConnections
 	var files syscall.Rlimit
 	// The soft limit, which the os package has raised to the hard one.
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < uint64(most+reserved) {
 		most = max(int(files.Cur)-reserved, 8)
 	}
-	return &connectionLimit{most: most, log: log, places: make(map[net.Conn]*place)}
+	return most
 }
 
-// changed is the ConnState of an [http.Server]. For a new connection that is one
-// too many it closes another: the one that has been waiting for its next request
-// the longest, or, when none is, the one that has been within one the longest.
-func (c *connectionLimit) changed(conn net.Conn, state http.ConnState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	p := c.places[conn]
-	switch state {
-	case http.StateNew:
-		if len(c.places) >= c.most {
-			c.closeOne()
-		}
-		c.places[conn] = &place{&c.waiting, c.waiting.PushBack(conn)}
-	case http.StateIdle:
-		p.move(&c.waiting, conn)
-	case http.StateActive:
-		p.move(&c.busy, conn)
-	default:
-		c.remove(conn)
+// makeRoom closes a connection if there are as many as there may be: the one that
+// has been waiting for its next request the longest, or, when none is, the one that
+// has been within one the longest.
+func (cs *connections) makeRoom() {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if cs.waiting.len+cs.busy.len < cs.most {
+		return
 	}
-}
-
-// move puts a connection at the end of a list; nil is one that was closed.
-func (p *place) move(to *list.List, conn net.Conn) {
-	if p != nil {
-		p.list.Remove(p.Element)
-		p.list, p.Element = to, to.PushBack(conn)
-	}
-}
-
-func (c *connectionLimit) remove(conn net.Conn) {
-	if p := c.places[conn]; p != nil {
-		p.list.Remove(p.Element)
-		delete(c.places, conn)
-	}
-}
-
-func (c *connectionLimit) closeOne() {
-	victim := c.waiting.Front()
-	if victim == nil {
-		victim = c.busy.Front()
-	}
-	conn := victim.Value.(net.Conn)
-	c.remove(conn)
-	if secured, ok := conn.(*tls.Conn); ok {
-		conn = secured.NetConn() // tls.Conn.Close would wait for the caller to read its good-bye
-	}
-	conn.Close()
-
-	c.cut++
-	if now := time.Now(); now.Sub(c.logged) > time.Second {
-		c.log.Warn("too many connections: those that did nothing the longest were closed", "most", c.most, "closed", c.cut)
-		c.cut, c.logged = 0, now
+	victim := cmp.Or(cs.waiting.first, cs.busy.first)
+	victim.list.remove(victim)
+	victim.Close() // and not TLS, which would wait for the caller to read its good-bye
+	cs.closed++
+	if now := time.Now(); now.Sub(cs.logged) > time.Second {
+		cs.log.Warn("too many connections: those that did nothing the longest were closed", "most", cs.most, "closed", cs.closed)
+		cs.closed, cs.logged = 0, now
 	}
 }

@@ -113,17 +113,16 @@ func TestSlowLargeAnswerGivesWay(t *testing.T) {
 func TestConnections(t *testing.T) {
 	t.Parallel()
 	log := new(syncBuffer)
-	c := newConnectionLimit(0, slog.New(slog.NewTextHandler(log, nil)))
-	c.most = 3
+	c := newConnections(3, slog.New(slog.NewTextHandler(log, nil)))
 	conns := make(map[string]net.Conn)
 	arrive := func(name string) {
 		server, client := net.Pipe()
 		t.Cleanup(func() { server.Close(); client.Close() })
 		conns[name] = client
-		conns["server "+name] = server
-		c.changed(server, http.StateNew)
+		conns["server "+name] = &connection{Conn: server}
+		c.track(conns["server "+name], http.StateNew)
 	}
-	change := func(name string, state http.ConnState) { c.changed(conns["server "+name], state) }
+	change := func(name string, state http.ConnState) { c.track(conns["server "+name], state) }
 	open := func(want string) {
 		t.Helper()
 		var names []string
@@ -160,8 +159,8 @@ func TestConnections(t *testing.T) {
 	for _, name := range []string{"a", "b", "c", "d", "e", "f"} {
 		change(name, http.StateClosed)
 	}
-	if len(c.places) != 0 || c.waiting.Len() != 0 || c.busy.Len() != 0 {
-		t.Errorf("%d connections are still counted", len(c.places))
+	if c.waiting != (connectionList{}) || c.busy != (connectionList{}) {
+		t.Errorf("still counted: %v and %v", c.waiting.all(), c.busy.all())
 	}
 	if n := strings.Count(log.String(), "too many connections"); n != 1 {
 		t.Errorf("%d lines in the log within a second; want 1", n)

@@ -227,8 +227,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	defer listener.Close()
 	h := &health{store: s}
-	var conns connections
-	limit := newConnectionLimit(2*cfg.dbMaxConns+64, log) // a statement that is cancelled takes two
+	conns := newConnections(mostConnections(2*cfg.dbMaxConns+64), log) // a statement that is cancelled takes two
 	server := &http.Server{
 		Handler:           newHandler(cfg, s, h, log),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -237,10 +236,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		IdleTimeout:       120 * time.Second,
 		MaxHeaderBytes:    32 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ConnState: func(c net.Conn, state http.ConnState) {
-			limit.changed(c, state)
-			conns.track(c, state)
-		},
+		ConnState:         conns.track,
 
 		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
 	}
@@ -254,6 +250,9 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	failed := make(chan error, 2)
 	started := make(chan struct{}) // closed once the store is there
 	served := make(chan struct{})  // closed once no connection is accepted any more
+	watching, stopWatching := context.WithCancel(context.Background())
+	defer stopWatching()
+	go conns.watch(watching)
 	go func() {
 		defer close(served)
 		if manager.listener != nil {
@@ -327,8 +326,8 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 // listen serves until the listener is closed. That is no error.
 func listen(server *http.Server, listener net.Listener) error {
 	var err error
-	server.ConnContext = withAnswerConn
-	listener = answerListener{listener}
+	server.ConnContext = withConnection
+	listener = connectionListener{listener}
 	if server.TLSConfig != nil {
 		err = server.ServeTLS(listener, "", "")
 	} else {

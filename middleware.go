@@ -169,28 +169,13 @@ func limitInFlight(most int, next http.Handler) http.Handler {
 	})
 }
 
-// grace is for how long the service works on for a caller who seems to be gone.
-const grace = time.Second
-
 // deadline limits how long a request may take, down to its SQL: what is still
 // running then is cancelled, and the answer is 503.
-//
-// A caller who has closed its half of the connection may be gone, or may only
-// have said all that it has to say and wait for the answer (as "nc -N" does):
-// TCP does not tell. So it gets its answer if that is soon; but in an overload
-// the work of those who gave up is not done.
 func deadline(limit time.Duration, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Body == http.NoBody {
-			// The deadline for reading the request: it has been read, and if it passed
-			// while a slow caller reads the answer, net/http would take the next request
-			// of the connection for one whose caller is gone.
-			http.NewResponseController(w).SetReadDeadline(time.Time{})
-		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), limit)
 		defer cancel()
-		back := context.AfterFunc(r.Context(), func() { time.AfterFunc(grace, cancel) })
-		defer back()
+		defer whileThere(w, r, cancel)()
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
 }
@@ -206,6 +191,10 @@ func limitBody(most int64, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength > most { // before the caller, who may be waiting for a 100, sends it
 			writeError(w, r, bodyTooLarge(most))
+			return
+		}
+		if r.Body == http.NoBody {
+			next.ServeHTTP(w, r)
 			return
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, most)

@@ -248,9 +248,9 @@ func (h *users) get(w http.ResponseWriter, r *http.Request) error {
 	}
 	when := parsePreconditions(r.Header)
 	switch {
-	case !when.matched(u.version()):
+	case !when.matched(&u):
 		return errPrecondition
-	case !when.noneMatched(u.version()):
+	case !when.noneMatched(&u):
 		w.Header().Set("ETag", u.etag())
 		w.WriteHeader(http.StatusNotModified)
 		return nil
@@ -312,14 +312,14 @@ type preconditions struct {
 
 func (p preconditions) some() bool { return p.match != nil || p.noneMatch != nil }
 
-// matched reports whether If-Match, if given, allows the version.
-func (p preconditions) matched(version string) bool {
-	return p.match == nil || holds(*p.match, version)
+// matched reports whether If-Match, if given, allows the version of the user.
+func (p preconditions) matched(u *user) bool {
+	return p.match == nil || holds(*p.match, u.version())
 }
 
-// noneMatched reports whether If-None-Match, if given, allows the version.
-func (p preconditions) noneMatched(version string) bool {
-	return p.noneMatch == nil || !holds(*p.noneMatch, version)
+// noneMatched reports whether If-None-Match, if given, allows the version of the user.
+func (p preconditions) noneMatched(u *user) bool {
+	return p.noneMatch == nil || !holds(*p.noneMatch, u.version())
 }
 
 // holds reports whether a list of comma-separated versions, or "*", has version.
