@@ -347,9 +347,10 @@ func (s *store) one(ctx context.Context, text string, args ...any) (u user, repe
 func (s *store) query(ctx context.Context, text string, args ...any) (users []user, repeated bool, err error) {
 	repeated, err = s.run(ctx, text, args, func(rows *sql.Rows) error {
 		users = users[:0]
+		var u user
+		fields := u.fields()
 		for rows.Next() {
-			var u user
-			if err := rows.Scan(u.fields()...); err != nil {
+			if err := rows.Scan(fields...); err != nil {
 				return err
 			}
 			users = append(users, u)
