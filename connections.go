@@ -46,7 +46,7 @@ func (c *connection) CloseWrite() error {
 
 // connections are all of a server's. They are safe for concurrent use.
 type connections struct {
-	most int // see closeOne
+	most int // see makeRoom
 	log  *slog.Logger
 
 	mu sync.Mutex
