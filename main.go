@@ -269,6 +269,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 			failed <- err
 		}
 	}()
+	manager.tell(log, "STATUS=looking for PostgreSQL")
 	go func() {
 		if err := s.start(ctx); err != nil {
 			if ctx.Err() == nil { // else it only did as it was told

@@ -120,6 +120,7 @@ func TestPassedSocket(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			p, heard := newManagedProcess(t, test.file, testEnv(databaseURL, "PORT=1")) // one that can't be ours
 			p.start()
+			heard.wait("STATUS=looking for PostgreSQL")
 			heard.wait("READY=1")
 			heard.wait("STATUS=serving on " + test.listener.Addr().String())
 			listening := fmt.Sprintf(`"msg":"listening","address":%q,"socket":"passed by the service manager"`, test.listener.Addr())
