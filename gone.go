@@ -16,8 +16,8 @@ import (
 // it would be most of the work. net/http finds such callers by a read that waits,
 // beside the handler, for the connection to end. That takes a goroutine which
 // sleeps and is woken up, and four deadlines, for each request: a tenth of the
-// cost of all. So here it does not wait, and once a second watch looks after the
-// few who are still being served, or not any more.
+// cost of all. So here it does not wait, and twice a second watch looks after the
+// few who are still being served.
 //
 // A caller who has closed its half of the connection may be gone, or may only
 // have said all that it has to say and wait for the answer (as "nc -N" does): TCP
@@ -32,12 +32,12 @@ type presence struct {
 	waits atomic.Bool // the next read of one byte is that of net/http that waits for the end
 
 	mu   sync.Mutex
-	end  func() // ends the work for the request that is being served; nil when there is none
-	gone bool   // the caller seemed to be, at the last look
+	end  func()    // ends the work for the request that is being served; nil when there is none
+	gone time.Time // since when the caller has seemed to be; zero if not at the last look
 }
 
-// SetReadDeadline is how net/http begins to wait for the end: there is no other
-// read without a deadline, since this server has one for each.
+// SetReadDeadline is how net/http begins to wait for the end: whatever else it
+// reads, this server has it read with a deadline.
 func (c *connection) SetReadDeadline(t time.Time) error {
 	c.waits.Store(t.IsZero())
 	return c.Conn.SetReadDeadline(t)
@@ -57,10 +57,19 @@ func (c *connection) Read(p []byte) (int, error) {
 func (p *presence) serving(end func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.end, p.gone = end, false
+	p.end, p.gone = end, time.Time{}
 }
 
-// look ends the work for a caller who was gone at the last look, and still is.
+// endWork ends the work for the request that is being served, if there is one.
+func (p *presence) endWork() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.end != nil {
+		p.end()
+	}
+}
+
+// look ends the work for a caller who has been gone for grace.
 func (c *connection) look() {
 	c.presence.mu.Lock()
 	defer c.presence.mu.Unlock()
@@ -68,16 +77,19 @@ func (c *connection) look() {
 		return
 	}
 	n, err := peek(c.Conn)
-	gone := n == 0 && err != syscall.EAGAIN && err != errors.ErrUnsupported
-	if gone && c.gone {
+	switch gone := n <= 0 && err != syscall.EAGAIN && err != errors.ErrUnsupported; {
+	case !gone:
+		c.gone = time.Time{}
+	case c.gone.IsZero():
+		c.gone = time.Now()
+	case time.Since(c.gone) >= grace:
 		c.end()
 	}
-	c.gone = gone
 }
 
 // watch looks after the callers who are being served, until ctx ends.
 func (cs *connections) watch(ctx context.Context) {
-	tick := time.NewTicker(grace)
+	tick := time.NewTicker(grace / 2)
 	defer tick.Stop()
 	for {
 		select {

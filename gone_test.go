@@ -22,7 +22,7 @@ func TestCallerGone(t *testing.T) {
 			c := exchangeOf(w).conn
 			c.presence.mu.Lock()
 			defer c.presence.mu.Unlock()
-			return c.gone
+			return !c.gone.IsZero()
 		})
 	})
 	t.Run("as with TLS", func(t *testing.T) {

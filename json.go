@@ -191,8 +191,8 @@ func readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		}
 	}
 	// The deadline of a context does not reach a Read that waits for a slow
-	// sender. It is lifted when all is there: net/http goes on reading, to notice
-	// a caller who goes away, and takes a deadline that passes for just that.
+	// sender. It is lifted when all is there: by TLS, net/http goes on reading, to
+	// notice a caller who goes away, and takes a deadline that passes for just that.
 	control := http.NewResponseController(w)
 	if deadline, ok := r.Context().Deadline(); ok {
 		control.SetReadDeadline(deadline)

@@ -123,6 +123,7 @@ func (cs *connections) makeRoom() {
 	victim := cmp.Or(cs.waiting.first, cs.busy.first)
 	victim.list.remove(victim)
 	victim.Close() // and not TLS, which would wait for the caller to read its good-bye
+	victim.endWork()
 	cs.closed++
 	if now := time.Now(); now.Sub(cs.logged) > time.Second {
 		cs.log.Warn("too many connections: those that did nothing the longest were closed", "most", cs.most, "closed", cs.closed)

@@ -154,7 +154,12 @@ func TestConnections(t *testing.T) {
 	for _, name := range []string{"e", "a", "d"} {
 		change(name, http.StateActive)
 	}
+	ended := false
+	conns["server e"].(*connection).serving(func() { ended = true })
 	arrive("f") // nobody waits: e has been at it the longest
+	if !ended {
+		t.Error("the work for e goes on")
+	}
 	open("a d f")
 	for _, name := range []string{"a", "b", "c", "d", "e", "f"} {
 		change(name, http.StateClosed)
