@@ -171,8 +171,8 @@ func isOver(c net.Conn) bool {
 }
 
 // peek returns how much has arrived on a connection that nobody has read, up to
-// one byte. It does not wait: [syscall.EAGAIN] is nothing yet, and 0 without an
-// error is the end.
+// one byte. It does not wait: [syscall.EAGAIN] is nothing yet, 0 without an
+// error is the end, and any other error is one, too.
 func peek(c net.Conn) (n int, err error) {
 	s, ok := c.(syscall.Conn)
 	if !ok {
@@ -188,7 +188,7 @@ func peek(c net.Conn) (n int, err error) {
 	}); closed != nil {
 		return 0, closed
 	}
-	return n, err
+	return max(n, 0), err // recvfrom returns -1 with an error
 }
 
 // A dialer connects to PostgreSQL. Its connections give up on a server that is

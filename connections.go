@@ -32,9 +32,6 @@ type connection struct {
 	cutShort   time.Duration   // what a request has to be read in, if hangUp has cut that short; else 0
 }
 
-// NetConn returns the connection below, as [tls.Conn.NetConn] does.
-func (c *connection) NetConn() net.Conn { return c.Conn }
-
 // CloseWrite is what net/http says good-bye with where there may be something
 // that it has not read: to close all at once would take the answer back.
 func (c *connection) CloseWrite() error {

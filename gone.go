@@ -15,8 +15,8 @@ import (
 // The work of a caller who has given up is not done to its end: in an overload,
 // it would be most of the work. net/http finds such callers by a read that waits,
 // beside the handler, for the connection to end. That takes a goroutine which
-// sleeps and is woken up, and four deadlines, for each request: a tenth of the
-// cost of all. So here it does not wait, and twice a second watch looks after the
+// sleeps and is woken up, and four deadlines, for each request: up to a tenth of
+// the cost of all. So here it does not wait, and twice a second watch looks after the
 // few who are still being served.
 //
 // A caller who has closed its half of the connection may be gone, or may only
@@ -77,7 +77,7 @@ func (c *connection) look() {
 		return
 	}
 	n, err := peek(c.Conn)
-	switch gone := n <= 0 && err != syscall.EAGAIN && err != errors.ErrUnsupported; {
+	switch gone := n == 0 && err != syscall.EAGAIN && err != errors.ErrUnsupported; {
 	case !gone:
 		c.gone = time.Time{}
 	case c.gone.IsZero():

@@ -8,8 +8,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"syscall"
 	"testing"
-	"time"
 )
 
 // A caller who has closed its half of the connection has the grace to be
@@ -18,7 +18,7 @@ func TestCallerGone(t *testing.T) {
 	t.Parallel()
 	t.Run("watched", func(t *testing.T) {
 		t.Parallel()
-		testCallerGone(t, watchedServer, func(w http.ResponseWriter, r *http.Request) bool {
+		testCallerGone(t, func(h http.Handler) string { return serveOn(t, nil, h) }, func(w http.ResponseWriter, r *http.Request) bool {
 			c := exchangeOf(w).conn
 			c.presence.mu.Lock()
 			defer c.presence.mu.Unlock()
@@ -27,43 +27,31 @@ func TestCallerGone(t *testing.T) {
 	})
 	t.Run("as with TLS", func(t *testing.T) {
 		t.Parallel()
-		testCallerGone(t, httptest.NewUnstartedServer, func(w http.ResponseWriter, r *http.Request) bool {
+		testCallerGone(t, func(h http.Handler) string {
+			checkLeaks(t)
+			server := httptest.NewServer(h) // which knows nothing of connections
+			t.Cleanup(server.Close)
+			return server.URL
+		}, func(w http.ResponseWriter, r *http.Request) bool {
 			return r.Context().Err() != nil // net/http has seen it
 		})
 	})
 }
 
-// watchedServer returns a server whose connections are known and watched, when
-// it is started.
-func watchedServer(h http.Handler) *httptest.Server {
-	server := httptest.NewUnstartedServer(h)
-	conns := newConnections(100, slog.New(slog.DiscardHandler))
-	watching, stop := context.WithCancel(context.Background())
-	go conns.watch(watching)
-	server.Config.RegisterOnShutdown(stop)
-	server.Config.ConnState, server.Config.ConnContext = conns.track, withConnection
-	server.Listener = connectionListener{server.Listener}
-	return server
-}
-
-func testCallerGone(t *testing.T, newServer func(http.Handler) *httptest.Server, seen func(http.ResponseWriter, *http.Request) bool) {
-	checkLeaks(t)
+func testCallerGone(t *testing.T, start func(http.Handler) (url string), seen func(http.ResponseWriter, *http.Request) bool) {
 	ended := make(chan error, 1)
-	server := newServer(observe(slog.New(slog.DiscardHandler), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := start(observe(slog.New(slog.DiscardHandler), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		outer := r
-		deadline(time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		deadline(2*patience, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			defer func() { ended <- r.Context().Err() }()
 			waitFor(t, "the end to be seen", func() bool { return seen(w, outer) })
 			if r.URL.Path == "/soon" {
 				w.WriteHeader(http.StatusOK)
 			} else {
 				<-r.Context().Done()
 			}
-			ended <- r.Context().Err()
 		})).ServeHTTP(w, r)
 	})))
-	server.Start()
-	defer server.Config.Shutdown(context.Background())
-	defer server.Close()
 	for _, tt := range []struct {
 		path string
 		end  func(*net.TCPConn) error
@@ -74,7 +62,7 @@ func testCallerGone(t *testing.T, newServer func(http.Handler) *httptest.Server,
 		{"/late", (*net.TCPConn).Close, context.Canceled},
 		{"/late", func(c *net.TCPConn) error { c.SetLinger(0); return c.Close() }, context.Canceled}, // a reset
 	} {
-		conn := dialRaw(t, &service{t: t, url: server.URL})
+		conn := dialRaw(t, &service{t: t, url: url})
 		conn.send("GET " + tt.path + " HTTP/1.1\r\nHost: x\r\n\r\n")
 		if err := tt.end(conn.Conn.(*net.TCPConn)); err != nil {
 			t.Fatal(err)
@@ -94,17 +82,13 @@ func testCallerGone(t *testing.T, newServer func(http.Handler) *httptest.Server,
 // request, is not there. (Not parallel: the servers of other tests have it.)
 func TestNobodyReadsInBackground(t *testing.T) {
 	entered, goOn := make(chan *connection), make(chan struct{})
-	server := watchedServer(observe(slog.New(slog.DiscardHandler), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := serveOn(t, nil, observe(slog.New(slog.DiscardHandler), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		entered <- exchangeOf(w).conn
 		<-goOn
 	})))
-	server.Config.ReadTimeout = patience // as the service has it
-	server.Start()
-	defer server.Config.Shutdown(context.Background())
-	defer server.Close()
-	defer close(goOn) // for Close waits
-	conn := dialRaw(t, &service{t: t, url: server.URL})
+	defer close(goOn)
+	conn := dialRaw(t, &service{t: t, url: url})
 	for _, request := range []string{"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx",
 		"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"} {
 		conn.send(request)
@@ -116,6 +100,46 @@ func TestNobodyReadsInBackground(t *testing.T) {
 		goOn <- struct{}{}
 		if a := conn.answer(); a.status != 200 {
 			t.Errorf("%q: %d", request, a.status)
+		}
+	}
+}
+
+// The end of a connection is seen at once, however it came.
+func TestPeek(t *testing.T) {
+	t.Parallel()
+	listener, _ := newListener(t)
+	for name, tt := range map[string]struct {
+		do    func(*net.TCPConn) error
+		wantN int
+		want  error
+	}{
+		"a byte": {func(c *net.TCPConn) error { _, err := c.Write([]byte("x")); return err }, 1, nil},
+		"an end": {(*net.TCPConn).CloseWrite, 0, nil},
+		"reset":  {func(c *net.TCPConn) error { c.SetLinger(0); return c.Close() }, 0, syscall.ECONNRESET},
+	} {
+		client, err := net.Dial("tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		conn, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if n, err := peek(conn); n != 0 || err != syscall.EAGAIN {
+			t.Errorf("%s, before: %d, %v", name, n, err)
+		}
+		if err := tt.do(client.(*net.TCPConn)); err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		waitFor(t, "something to arrive", func() bool {
+			n, err = peek(conn)
+			return err != syscall.EAGAIN
+		})
+		if n != tt.wantN || err != tt.want {
+			t.Errorf("%s: %d, %v; want %d, %v", name, n, err, tt.wantN, tt.want)
 		}
 	}
 }

@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"strconv"
@@ -100,6 +102,30 @@ func begin(t testing.TB, db *sql.DB, text string, args ...any) *sql.Tx {
 		t.Fatal(err)
 	}
 	return tx
+}
+
+// serveOn has h serve those who connect to listener as the service would, until t
+// ends, and returns the URL. nil is a listener of its own.
+func serveOn(t testing.TB, listener net.Listener, h http.Handler) string {
+	t.Helper()
+	checkLeaks(t)
+	if listener == nil {
+		listener, _ = newListener(t)
+	}
+	server := &http.Server{Handler: h, ReadTimeout: patience, IdleTimeout: patience}
+	conns := newConnections(100, slog.New(slog.DiscardHandler))
+	watching, stop := context.WithCancel(context.Background())
+	go conns.watch(watching)
+	done := make(chan error, 1)
+	go func() { done <- listen(server, listener, conns) }()
+	t.Cleanup(func() {
+		stop()
+		server.Close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return "http://" + listener.Addr().String()
 }
 
 // A service is a running rollcall.

@@ -236,7 +236,6 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 		IdleTimeout:       120 * time.Second,
 		MaxHeaderBytes:    32 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ConnState:         conns.track,
 
 		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
 	}
@@ -265,7 +264,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 				return
 			}
 		}
-		if err := listen(server, listener); err != nil {
+		if err := listen(server, listener, conns); err != nil {
 			failed <- err
 		}
 	}()
@@ -324,10 +323,11 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	return nil
 }
 
-// listen serves until the listener is closed. That is no error.
-func listen(server *http.Server, listener net.Listener) error {
+// listen serves until the listener is closed. That is no error. conns gets to know
+// each connection.
+func listen(server *http.Server, listener net.Listener, conns *connections) error {
 	var err error
-	server.ConnContext = withConnection
+	server.ConnState, server.ConnContext = conns.track, withConnection
 	listener = connectionListener{listener}
 	if server.TLSConfig != nil {
 		err = server.ServeTLS(listener, "", "")

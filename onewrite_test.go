@@ -38,13 +38,9 @@ func (l *countedListener) Accept() (net.Conn, error) {
 // However long an answer is, up to smallBytes, it goes out in one write.
 func TestOneWritePerAnswer(t *testing.T) {
 	t.Parallel()
-	checkLeaks(t)
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	tcp, _ := newListener(t)
 	counted := &countedListener{Listener: tcp}
-	server := &http.Server{Handler: observe(slog.New(slog.DiscardHandler), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := serveOn(t, counted, observe(slog.New(slog.DiscardHandler), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n, _ := strconv.Atoi(r.URL.Path[1:])
 		if r.URL.RawQuery == "" { // else it is sent in chunks
 			w.Header().Set("Content-Length", strconv.Itoa(n))
@@ -52,15 +48,7 @@ func TestOneWritePerAnswer(t *testing.T) {
 		if written, err := w.Write(bytes.Repeat([]byte("x"), n)); r.Method == "GET" && (written != n || err != nil) {
 			t.Errorf("%d bytes: %d, %v", n, written, err)
 		}
-	}))}
-	done := make(chan error, 1)
-	go func() { done <- listen(server, counted) }()
-	defer func() {
-		server.Close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}()
+	})))
 	transport := new(http.Transport)
 	defer transport.CloseIdleConnections()
 	for n := range smallBytes * 2 {
@@ -70,7 +58,7 @@ func TestOneWritePerAnswer(t *testing.T) {
 		for _, method := range []string{"GET", "HEAD"} {
 			for _, query := range []string{"", "?chunked"} {
 				before := counted.writes.Load()
-				request, err := http.NewRequest(method, fmt.Sprintf("http://%s/%d%s", tcp.Addr(), n, query), nil)
+				request, err := http.NewRequest(method, fmt.Sprintf("%s/%d%s", url, n, query), nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -95,32 +83,16 @@ func TestOneWritePerAnswer(t *testing.T) {
 // the last one of its connection, though another request is there already.
 func TestAnswerThatBreaksOff(t *testing.T) {
 	t.Parallel()
-	checkLeaks(t)
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	var served atomic.Int64
 	log := new(syncBuffer)
-	server := &http.Server{Handler: observe(slog.New(slog.NewJSONHandler(log, nil)), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := serveOn(t, nil, observe(slog.New(slog.NewJSONHandler(log, nil)), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		served.Add(1)
 		http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0))
 		w.Write(make([]byte, 5000))
-	}))}
-	done := make(chan error, 1)
-	go func() { done <- listen(server, tcp) }()
-	defer func() {
-		server.Close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}()
-	client, err := net.Dial("tcp", tcp.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	io.WriteString(client, strings.Repeat("GET / HTTP/1.1\r\nHost: x\r\n\r\n", 3))
+	})))
+	client := dialRaw(t, &service{t: t, url: url})
+	client.SetReadDeadline(time.Now().Add(patience))
+	client.send(strings.Repeat("GET / HTTP/1.1\r\nHost: x\r\n\r\n", 3))
 	if got, err := io.ReadAll(client); err != nil || len(got) != 0 {
 		t.Errorf("%q, %v", got, err)
 	}
