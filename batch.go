@@ -10,16 +10,16 @@ import (
 // The statements for many calls at a time, which [coalescer] brings together.
 // They tell the calls apart by their ids. What a statement can't do at once it
 // leaves out, and its caller does it alone, to get the same answer or the same
-// error as ever: a row that is locked, so that it delays only its own callers,
-// an address that is taken, a precondition that does not hold. What they have
-// locked they reach by its place, ctid; and by its id too, since in a table that
-// inherits from users another row may have the same place.
+// error as ever: a row that is locked, so that it delays only its own callers, or
+// a precondition that does not hold. What they have locked they reach by its
+// place, ctid; and by its id too, since in a table that inherits from users
+// another row may have the same place.
 var (
-	insertUsers = "INSERT INTO users (id, email, name) SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) " +
-		"ON CONFLICT DO NOTHING RETURNING " + columns
-	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
-	findUsers   = "SELECT " + columns + ", wanted FROM unnest($1::text[]) AS wanted JOIN users ON lower(email) = lower(wanted)"
-	updateUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, user_id, new_email, new_name " +
+	insertUsers     = insertNew + " RETURNING " + columns
+	insertUsersOnce = insertNew + " ON CONFLICT DO NOTHING RETURNING " + columns
+	selectUsers     = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
+	findUsers       = "SELECT " + columns + ", wanted FROM unnest($1::text[]) AS wanted JOIN users ON lower(email) = lower(wanted)"
+	updateUsers     = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, user_id, new_email, new_name " +
 		"FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[]) AS change (user_id, new_email, new_name, match, none_match) " +
 		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR NO KEY UPDATE OF users SKIP LOCKED) " +
 		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
@@ -29,6 +29,12 @@ var (
 		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR UPDATE OF users SKIP LOCKED) " +
 		"DELETE FROM users USING free WHERE users.ctid = place AND id = user_id RETURNING " + columns
 )
+
+// insertNew leaves out who asks for an address that is taken. ON CONFLICT would
+// do that too, but inserts each row on trial first, which is a record more in the
+// write-ahead log for each: it is for those of whom two want the same at once.
+const insertNew = "INSERT INTO users (id, email, name) SELECT new.* FROM unnest($1::uuid[], $2::text[], $3::text[]) AS new (id, email, name) " +
+	"WHERE NOT EXISTS (SELECT FROM ONLY users AS old WHERE lower(old.email) = lower(new.email))"
 
 // errAlone is the answer to a call that its statement has left out, or that
 // was in one with a call that failed: run the statement for this call alone.
@@ -101,8 +107,21 @@ func (s *store) createMany(ctx context.Context, calls []*call[draft, user]) {
 		emails = appendElement(emails, &c.ask.email)
 		names = appendElement(names, &c.ask.name)
 	}
-	made, repeated, err := s.query(ctx, insertUsers, array(ids), array(emails), array(names))
-	deal(calls, byID(made), err, rerun(repeated), rerun(repeated))
+	args := []any{array(ids), array(emails), array(names)}
+	made, repeated, err := s.query(ctx, insertUsers, args...)
+	if errors.Is(err, errEmailTaken) { // by another statement meanwhile, or within this one
+		var again bool
+		made, again, err = s.query(ctx, insertUsersOnce, args...)
+		repeated = repeated || again
+	}
+	deal(calls, byID(made), err, errEmailTaken, rerun(repeated))
+	for _, c := range calls {
+		// Of an address that is taken, the caller may be the owner: by an earlier
+		// try of this statement, or of the request.
+		if c.err == errEmailTaken && (repeated || isKeyed(c.ask.id)) {
+			c.err = rerun(repeated)
+		}
+	}
 }
 
 func (s *store) getMany(ctx context.Context, calls []*call[lookUp, user]) {

@@ -71,6 +71,7 @@ func mustCreate(t *testing.T, s *store, email string) user {
 const (
 	alone   = "run it alone"
 	missing = "Resource not found"
+	taken   = "Email already in use"
 )
 
 func TestCreateMany(t *testing.T) {
@@ -79,6 +80,14 @@ func TestCreateMany(t *testing.T) {
 	mustCreate(t, s, "taken@example.com")
 	odd := "\"\\{},NULL '\n\t😀"
 	calls := callsOf(
+		draft{newUUID(), "first@example.com", "x"},
+		draft{newUUID(), "TAKEN@example.com", "x"},
+		draft{newUUID(), "last@example.com", "x"},
+	)
+	s.createMany(t.Context(), calls)
+	wantOutcomes(t, calls, "first@example.com x", taken, "last@example.com x")
+
+	calls = callsOf( // two of them alike: PostgreSQL finds that out when it inserts the second
 		draft{newUUID(), "a@example.com", odd},
 		draft{newUUID(), "TAKEN@example.com", "x"},
 		draft{newUUID(), "same@example.com", "first"},
@@ -86,7 +95,7 @@ func TestCreateMany(t *testing.T) {
 		draft{newUUID(), "b@example.com", "NULL"},
 	)
 	s.createMany(t.Context(), calls)
-	wantOutcomes(t, calls, "a@example.com "+odd, alone, "same@example.com first", alone, "b@example.com NULL")
+	wantOutcomes(t, calls, "a@example.com "+odd, taken, "same@example.com first", taken, "b@example.com NULL")
 	for _, c := range calls {
 		if c.err == nil && (c.answer.ID != c.ask.id || !c.answer.CreatedAt.Equal(c.answer.UpdatedAt)) {
 			t.Errorf("%+v made %+v", c.ask, c.answer)

@@ -146,7 +146,7 @@ func (s *store) prepare(ctx context.Context) error {
 		return s.db.PingContext(ctx)
 	}
 	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser,
-		selectKeyed, insertUsers, selectUsers, findUsers, updateUsers, deleteUsers} {
+		selectKeyed, insertUsers, insertUsersOnce, selectUsers, findUsers, updateUsers, deleteUsers} {
 		if s.prepared[text] != nil {
 			continue // from an earlier try
 		}
