@@ -340,6 +340,25 @@ func TestChaosReadOnly(t *testing.T) {
 	o.want(t, "primary turned read-only, standby promoted")
 }
 
+// Where nobody writes, reads leave a primary that became read-only all the same.
+func TestChaosReadOnlyUnnoticed(t *testing.T) {
+	if !fullChaos() {
+		t.Skip("takes half a minute: only with ROLLCALL_CHAOS set")
+	}
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	s := startService(t, testEnv(databaseURLOf(t, "10.0.0.1",
+		"10.0.0.1", "127.0.0.1:"+primary.port, "10.0.0.2", "127.0.0.1:"+standby.port)))
+	s.waitReady()
+	path := newUser(s, "a@example.com").header.Get("Location")
+	primary.demote(standby)
+	standby.promote()
+	mustExec(t, standby.db, "UPDATE users SET name = 'new'")
+	waitFor(t, "the answer of the new primary", func() bool {
+		return s.call("GET", path, "").user(t)["name"] == "new"
+	})
+}
+
 // demote makes a primary read-only, and returns when the standby has all that
 // was ever written to it.
 func (n *node) demote(standby *node) {

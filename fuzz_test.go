@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/hex"
+	"net"
+	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
@@ -133,6 +135,44 @@ func FuzzOrigins(f *testing.F) {
 			if again, err := parseOrigins(o); err != nil || len(again) != 1 || again[0] != o {
 				t.Errorf("%q: the origin %q becomes %q, %v", v, o, again, err)
 			}
+		}
+	})
+}
+
+func FuzzBearerToken(f *testing.F) {
+	for _, seed := range []string{"Bearer a.b.c", "bearer  a ", "Bearer", "Basic YTpi", "", " Bearer a", "Bearer\ta", "BEARER a b"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, field string) {
+		r := &http.Request{Header: http.Header{"Authorization": {field}}}
+		token, err := bearerToken(r)
+		want := ""
+		if len(field) > 7 && strings.EqualFold(field[:7], "Bearer ") {
+			want = strings.Trim(field[7:], " ")
+		}
+		if err != nil || token != want {
+			t.Errorf("%q: %q, %v; want %q", field, token, err, want)
+		}
+		r.Header.Add("Authorization", field)
+		if token, err := bearerToken(r); err == nil {
+			t.Errorf("%q twice: %q", field, token)
+		}
+	})
+}
+
+func FuzzHost(f *testing.F) {
+	for _, seed := range []string{"", "0.0.0.0", "::", "[::1]", "localhost", "a:1", "fe80::1%eth0", " ", "a/b", "[::1]:80"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		host, err := parseHost(s)
+		if err != nil {
+			return
+		}
+		// What is joined with a port comes apart again.
+		got, port, err := net.SplitHostPort(net.JoinHostPort(host, "80"))
+		if err != nil || got != host || port != "80" {
+			t.Errorf("%q became %q, which as an address is %q %q, %v", s, host, got, port, err)
 		}
 	})
 }

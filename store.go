@@ -54,6 +54,11 @@ var (
 const planning = "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_bitmapscan = off; " +
 	"SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_sort = off; SET jit = off;"
 
+// readOnlyPatience is for how long a connection to a primary is used before it is
+// made anew, and its server asked again whether it is one. That it has become
+// read-only, a refused write tells at once; reads alone would never find out.
+const readOnlyPatience = 20 * time.Second
+
 // A store keeps users in PostgreSQL. It is safe for concurrent use.
 type store struct {
 	db         *sql.DB
@@ -98,6 +103,9 @@ func openStore(cfg config, log *slog.Logger) *store {
 	s.db.SetMaxIdleConns(cfg.dbMaxConns)
 	s.db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
 	s.db.SetConnMaxLifetime(time.Hour)       // so that the pool follows a database that moved
+	if attrs := cfg.database.TargetSessionAttrs; attrs == pq.TargetSessionAttrsReadWrite || attrs == pq.TargetSessionAttrsPrimary {
+		s.db.SetConnMaxLifetime(readOnlyPatience)
+	}
 	s.probe = sql.OpenDB(&connector{database: database, patience: readyTimeout})
 	s.probe.SetMaxOpenConns(1)
 	s.probe.SetMaxIdleConns(0) // used once in a while: it connects anew
