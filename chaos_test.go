@@ -10,6 +10,7 @@ import (
 	"net/http/httptrace"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -329,10 +330,16 @@ func (c *loadClient) next() (email, name string) {
 	return fmt.Sprintf("%s-%d@example.com", c.prefix, c.serial), fmt.Sprintf("Name %d", c.serial)
 }
 
+// create makes a user, one of three times with an Idempotency-Key, and then
+// twice: the second answer has to be the first.
 func (c *loadClient) create() {
 	email, name := c.next()
 	a := &account{email: email, name: name}
-	got := c.ask("POST", usersPath, userJSON(email, name), "")
+	var key []string
+	if rand.IntN(3) == 0 {
+		key = []string{"Idempotency-Key", strconv.Quote(email)}
+	}
+	got := c.ask("POST", usersPath, userJSON(email, name), "", key...)
 	if got.status == 0 || got.status >= 500 {
 		a.maybe.email = email
 		c.all = append(c.all, a)
@@ -345,6 +352,12 @@ func (c *loadClient) create() {
 	c.live = append(c.live, a)
 	c.acknowledge(a, got)
 	c.byID[a.id] = a
+	if key == nil {
+		return
+	}
+	if again := c.ask("POST", usersPath, userJSON(email, name), "", key...); again.status != 200 || again.body != got.body {
+		c.failed(a, again, "POST again with the key of %s", got.body)
+	}
 }
 
 // update changes the name, the address or both.
@@ -468,10 +481,11 @@ func (c *loadClient) leave(a *account) {
 	c.live = slices.DeleteFunc(c.live, func(b *account) bool { return b == a })
 }
 
-// ask sends a request and returns its answer, of status 0 if there was none.
-func (c *loadClient) ask(method, path, body, ifMatch string) (got answer) {
+// ask sends a request, with further fields as pairs of name and value, and
+// returns its answer, of status 0 if there was none.
+func (c *loadClient) ask(method, path, body, ifMatch string, fields ...string) (got answer) {
 	start := time.Now()
-	got, err := c.exchange(method, path, body, ifMatch)
+	got, err := c.exchange(method, path, body, append(fields, "If-Match", ifMatch))
 	c.worst = max(c.worst, time.Since(start))
 	c.load.answers.Add(1)
 	if err != nil {
@@ -480,7 +494,7 @@ func (c *loadClient) ask(method, path, body, ifMatch string) (got answer) {
 	return got
 }
 
-func (c *loadClient) exchange(method, path, body, ifMatch string) (got answer, err error) {
+func (c *loadClient) exchange(method, path, body string, fields []string) (got answer, err error) {
 	req, err := http.NewRequest(method, c.load.url+path, strings.NewReader(body))
 	if err != nil {
 		return got, err
@@ -488,8 +502,10 @@ func (c *loadClient) exchange(method, path, body, ifMatch string) (got answer, e
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	if ifMatch != "" {
-		req.Header.Set("If-Match", ifMatch)
+	for pair := range slices.Chunk(fields, 2) {
+		if pair[1] != "" {
+			req.Header.Set(pair[0], pair[1])
+		}
 	}
 	// net/http repeats a GET by itself when a connection that it had kept turns out
 	// to be dead. That would hide a request that the service has dropped.
