@@ -277,6 +277,10 @@ func timeFrom(least time.Duration, bound, v string) (time.Duration, error) {
 // hyphens.
 var hostName = regexp.MustCompile(`^(\w([\w-]*\w)?\.)*\w([\w-]*\w)?\.?$`)
 
+// zoneName matches the name of a network interface, which an address of IPv6 may
+// end with (RFC 4007, section 11), or none.
+var zoneName = regexp.MustCompile(`^[\w.-]*$`)
+
 // parseHost returns the host without the brackets that an IPv6 address may
 // stand in.
 func parseHost(v string) (string, error) {
@@ -286,7 +290,7 @@ func parseHost(v string) (string, error) {
 	}
 	addr, err := netip.ParseAddr(bare)
 	switch {
-	case err == nil && (bracketed && addr.Is6() || bare == v):
+	case err == nil && (bracketed && addr.Is6() || bare == v) && zoneName.MatchString(addr.Zone()):
 		return bare, nil
 	case strings.Trim(v, "0123456789.") == "": // a mistyped address, such as 127.0.0
 	case len(v) <= 253 && hostName.MatchString(v):
