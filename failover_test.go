@@ -3,6 +3,7 @@ package main
 import (
 	"database/sql"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -428,6 +429,20 @@ func TestChaosPgBouncer(t *testing.T) {
 	o := l.stop(server.db)
 	o.faults = rounds
 	o.want(t, "PgBouncer: PostgreSQL killed, or restarted")
+}
+
+// The service starts on a standby, as HAProxy or a name may lead it there: it waits
+// for one that can be written to.
+func TestStartOnStandby(t *testing.T) {
+	t.Parallel()
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	s := startService(t, testEnv("postgres://rollcall:secret@127.0.0.1:"+standby.port+"/rollcall?sslmode=disable"))
+	if line := s.waitLog("waiting for PostgreSQL"); !strings.Contains(fmt.Sprint(line["error"]), "recovery") {
+		t.Errorf("it waits for another reason: %v", line)
+	}
+	standby.promote()
+	s.waitReady()
 }
 
 // The connection breaks while a commit waits for the standby. PostgreSQL then

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 //go:embed schema.sql
@@ -74,6 +75,11 @@ const migrationLock = 0x726f6c6c63616c6c
 // collide.
 func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.Logger) error {
 	tx, err := db.BeginTx(ctx, nil)
+	if refused := pq.As(err, pqerror.FeatureNotSupported); refused != nil {
+		// A standby, which can't BEGIN READ WRITE: not for ever, so it is no [*pq.Error]
+		// that would end the start.
+		return errors.New(describe(refused))
+	}
 	if err != nil {
 		return err
 	}
