@@ -386,35 +386,32 @@ func (n *node) demote(standby *node) {
 // HAProxy finds the node that can be written to.
 func TestChaosHAProxy(t *testing.T) {
 	onlyLinux(t)
-	haproxy := findProxy(t, "haproxy")
+	findProxy(t, "haproxy")
 	rounds := chaosRounds(t, 5, 1)
 	primary := newPrimary(t)
 	standby := primary.replicate(freePort(t))
-	port := freePort(t)
-	startProxy(t, primary, port, haproxy, readmeBlock(t, "# haproxy.cfg",
-		"10.0.0.1:5432", "127.0.0.1:"+primary.port, "10.0.0.2:5432", "127.0.0.1:"+standby.port,
-		"127.0.0.1:5433", "127.0.0.1:"+port), "-db", "-f")
+	port := startHAProxy(t, primary, standby)
 	l, calls := startFailover(t, databaseURLOf(t, "127.0.0.1:5433", "5433", port))
 	failOver(t, "HAProxy: primary killed, standby promoted", rounds, primary, standby, l, calls)
+}
+
+// startHAProxy starts HAProxy in front of two nodes, and returns its port.
+func startHAProxy(t *testing.T, primary, standby *node) (port string) {
+	t.Helper()
+	port = freePort(t)
+	startProxy(t, primary, port, findProxy(t, "haproxy"), readmeBlock(t, "# haproxy.cfg",
+		"10.0.0.1:5432", "127.0.0.1:"+primary.port, "10.0.0.2:5432", "127.0.0.1:"+standby.port,
+		"127.0.0.1:5433", "127.0.0.1:"+port), "-db", "-f")
+	return port
 }
 
 // PostgreSQL is killed and restarted, in turns, behind PgBouncer.
 func TestChaosPgBouncer(t *testing.T) {
 	onlyLinux(t)
-	pgbouncer := findProxy(t, "pgbouncer")
+	findProxy(t, "pgbouncer")
 	rounds := chaosRounds(t, 10, 2)
 	server := newPrimary(t)
-	port := freePort(t)
-	users := server.path("userlist.txt")
-	if err := os.WriteFile(users, []byte(`"rollcall" "secret"`+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := server.own(users); err != nil {
-		t.Fatal(err)
-	}
-	startProxy(t, server, port, pgbouncer, readmeBlock(t, "; pgbouncer.ini",
-		"host=10.0.0.1 port=5432", "host=127.0.0.1 port="+server.port, "listen_port = 6432", "listen_port = "+port,
-		"/etc/pgbouncer/userlist.txt", users))
+	port := startPgBouncer(t, server, server.port)
 	l, calls := startFailover(t, databaseURLOf(t, "127.0.0.1:6432", "6432", port))
 	for round := range rounds {
 		l.wait(calls)
@@ -429,6 +426,54 @@ func TestChaosPgBouncer(t *testing.T) {
 	o := l.stop(server.db)
 	o.faults = rounds
 	o.want(t, "PgBouncer: PostgreSQL killed, or restarted")
+}
+
+// startPgBouncer starts PgBouncer, which connects to serverPort, and returns its
+// port. Its files are in the folder of n.
+func startPgBouncer(t *testing.T, n *node, serverPort string) (port string) {
+	t.Helper()
+	port = freePort(t)
+	users := n.path("userlist.txt")
+	if err := os.WriteFile(users, []byte(`"rollcall" "secret"`+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.own(users); err != nil {
+		t.Fatal(err)
+	}
+	startProxy(t, n, port, findProxy(t, "pgbouncer"), readmeBlock(t, "; pgbouncer.ini",
+		"host=10.0.0.1 port=5432", "host=127.0.0.1 port="+serverPort, "listen_port = 6432", "listen_port = "+port,
+		"/etc/pgbouncer/userlist.txt", users))
+	return port
+}
+
+// PgBouncer has its connections made by HAProxy, which leads them to the node that
+// can be written to.
+func TestChaosPgBouncerFailover(t *testing.T) {
+	onlyLinux(t)
+	findProxy(t, "haproxy")
+	findProxy(t, "pgbouncer")
+	rounds := chaosRounds(t, 5, 1)
+	primary := newPrimary(t)
+	standby := primary.replicate(freePort(t))
+	haproxy := startHAProxy(t, primary, standby)
+	db, err := sql.Open("postgres", "postgres://rollcall:secret@127.0.0.1:"+haproxy+"/rollcall?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	db.SetMaxIdleConns(0) // each question is led anew, to the nodes in turns
+	waitFor(t, "HAProxy to have found the standby", func() bool {
+		for range 4 {
+			var standby bool
+			if db.QueryRow("SELECT pg_is_in_recovery()").Scan(&standby) != nil || standby {
+				return false
+			}
+		}
+		return true
+	})
+	port := startPgBouncer(t, primary, haproxy)
+	l, calls := startFailover(t, databaseURLOf(t, "127.0.0.1:6432", "6432", port))
+	failOver(t, "PgBouncer, HAProxy: primary killed, standby promoted", rounds, primary, standby, l, calls)
 }
 
 // The service starts on a standby, as HAProxy or a name may lead it there: it waits
