@@ -3,9 +3,13 @@ package main
 import (
 	"bufio"
 	"crypto/tls"
+	"database/sql"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -40,43 +44,32 @@ func TestChaosReplace(t *testing.T) {
 				heard.wait("READY=1")
 				return p
 			}
-			stop := func(p *process) {
-				p.cmd.Process.Signal(syscall.SIGTERM)
-				if code := p.exit(); code != 0 {
-					t.Errorf("exit code %d", code)
-				}
-			}
 			p := start()
 			crowd := startCrowd(t, listener.Addr().String())
 			for range restarts {
-				enough := crowd.answered.Load() + 200
-				waitFor(t, "200 more answers", func() bool { return crowd.answered.Load() >= enough })
+				crowd.wait(200)
 				before := p
 				if mode.overlap {
 					p = start()
-					stop(before)
+					before.stop()
 				} else {
-					stop(before)
+					before.stop()
 					p = start()
 				}
 			}
 			crowd.end()
-			var users int64
-			if err := db.QueryRow("SELECT count(*) FROM users").Scan(&users); err != nil {
-				t.Fatal(err)
-			}
-			created := crowd.created.Load()
-			outcome{
-				faults:   restarts,
-				requests: int(crowd.answered.Load() + crowd.failed.Load()),
-				failed:   int(crowd.failed.Load()),
-				lost:     int(max(0, created-users)),
-				doubled:  int(max(0, users-created)),
-				worst:    time.Duration(crowd.worst.Load()),
-				details:  crowd.failures,
-			}.want(t, "the program replaced, "+mode.name)
-			stop(p)
+			crowd.outcome(db, restarts).want(t, "the program replaced, "+mode.name)
+			p.stop()
 		})
+	}
+}
+
+// stop asks the process to stop, and waits until it has, without a failure.
+func (p *process) stop() {
+	p.t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.exit(); code != 0 {
+		p.t.Errorf("exit code %d", code)
 	}
 }
 
@@ -107,15 +100,17 @@ type crowd struct {
 	clients sync.WaitGroup
 	next    atomic.Int64 // the number in the next address
 
-	answered, created, failed atomic.Int64 // requests: with 200, POSTs of these, and the others
-	worst                     atomic.Int64 // the longest wait for an answer, in nanoseconds
+	answered, failed atomic.Int64 // requests: with 200, and the others
+	worst            atomic.Int64 // the longest wait for an answer, in nanoseconds
 
-	mu       sync.Mutex
-	failures []string // the first few
+	mu           sync.Mutex
+	acknowledged map[string]bool // the addresses of users whose create was answered
+	failures     []string        // the first few
 }
 
 func startCrowd(t testing.TB, address string) *crowd {
-	l := &crowd{t: t, address: address, done: make(chan struct{})}
+	t.Helper()
+	l := &crowd{t: t, address: address, done: make(chan struct{}), acknowledged: make(map[string]bool)}
 	for range 5 {
 		transport := &http.Transport{}
 		t.Cleanup(transport.CloseIdleConnections)
@@ -152,6 +147,68 @@ func (l *crowd) end() {
 	l.clients.Wait()
 }
 
+// wait waits until n more requests have been answered.
+func (l *crowd) wait(n int64) {
+	l.t.Helper()
+	enough := l.answered.Load() + n
+	waitFor(l.t, fmt.Sprintf("%d more answers", n), func() bool { return l.answered.Load() >= enough })
+}
+
+// outcome compares the table in db, after the end, with what the clients were
+// told: an acknowledged address that it does not have is lost, a row that nobody
+// was told of is doubled (or made by a request that counts as failed already).
+func (l *crowd) outcome(db *sql.DB, faults int) outcome {
+	l.t.Helper()
+	o := outcome{
+		faults:   faults,
+		requests: int(l.answered.Load() + l.failed.Load()),
+		failed:   int(l.failed.Load()),
+		worst:    time.Duration(l.worst.Load()),
+		details:  l.failures,
+	}
+	rows, err := db.Query("SELECT email FROM users")
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer rows.Close()
+	missing := maps.Clone(l.acknowledged)
+	for rows.Next() {
+		var email string
+		if err := rows.Scan(&email); err != nil {
+			l.t.Fatal(err)
+		}
+		if !missing[email] {
+			o.doubled++
+			o.details = append(o.details, "doubled: "+email)
+		}
+		delete(missing, email)
+	}
+	if err := rows.Err(); err != nil {
+		l.t.Fatal(err)
+	}
+	for email := range missing {
+		o.lost++
+		o.details = append(o.details, "lost: "+email)
+	}
+	return o
+}
+
+// A row in place of another is seen, though their number is right.
+func TestCrowd(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	l := startCrowd(t, strings.TrimPrefix(s.url, "http://"))
+	l.wait(200)
+	l.end()
+	if o := l.outcome(s.db, 1); o.requests < 200 || o.failed+o.lost+o.doubled > 0 {
+		t.Errorf("untouched: %+v", o)
+	}
+	mustExec(t, s.db, "UPDATE users SET email = 'twin@example.com' WHERE id = (SELECT id FROM users LIMIT 1)")
+	if o := l.outcome(s.db, 1); o.lost != 1 || o.doubled != 1 {
+		t.Errorf("want 1 lost and 1 doubled: %+v", o)
+	}
+}
+
 // request returns what to ask next: three reads to a write.
 func (l *crowd) request() (method, path, body string) {
 	if rand.N(4) > 0 {
@@ -160,17 +217,23 @@ func (l *crowd) request() (method, path, body string) {
 	return "POST", usersPath, fmt.Sprintf(`{"email":"u%d@example.com","name":"U"}`, l.next.Add(1))
 }
 
-// answer counts an answer.
-func (l *crowd) answer(method string, resp *http.Response, begun time.Time) error {
-	body, err := io.ReadAll(resp.Body)
+// answer counts an answer to a request with that body.
+func (l *crowd) answer(method, body string, resp *http.Response, begun time.Time) error {
+	content, err := io.ReadAll(resp.Body)
 	resp.Body.Close()
 	if err != nil || resp.StatusCode != 200 {
-		return fmt.Errorf("%s: %d %s, %v", method, resp.StatusCode, body, err)
+		return fmt.Errorf("%s: %d %s, %v", method, resp.StatusCode, content, err)
+	}
+	if method == "POST" {
+		var asked, made user
+		if err := errors.Join(json.Unmarshal([]byte(body), &asked), json.Unmarshal(content, &made)); err != nil || made.Email != asked.Email {
+			return fmt.Errorf("POST of %s: %s, %v", body, content, err)
+		}
+		l.mu.Lock()
+		l.acknowledged[made.Email] = true
+		l.mu.Unlock()
 	}
 	l.answered.Add(1)
-	if method == "POST" {
-		l.created.Add(1)
-	}
 	for wait, worst := int64(time.Since(begun)), l.worst.Load(); wait > worst && !l.worst.CompareAndSwap(worst, wait); worst = l.worst.Load() {
 	}
 	return nil
@@ -193,7 +256,7 @@ func (l *crowd) netHTTPTurn(client *http.Client) func() error {
 		if err != nil {
 			return err
 		}
-		return l.answer(method, resp, begun)
+		return l.answer(method, body, resp, begun)
 	}
 }
 
@@ -211,7 +274,7 @@ func (c *rawClient) newTurn(l *crowd, anew bool) func() error {
 		begun := time.Now()
 		resp, err := c.do(method, path, body, rand.N(5*time.Millisecond))
 		if err == nil {
-			err = l.answer(method, resp, begun)
+			err = l.answer(method, body, resp, begun)
 		}
 		if c.conn != nil && (err != nil || resp.Close || anew) {
 			c.conn.Close()
