@@ -73,6 +73,55 @@ func (p *process) stop() {
 	}
 }
 
+// Two replicas behind HAProxy are replaced in turns under load, each at its old
+// address, where nobody listens meanwhile: no request fails. HAProxy is told by
+// readiness alone, as README.md has it.
+func TestChaosReplicas(t *testing.T) {
+	findProxy(t, "haproxy")
+	replacements := chaosRounds(t, 10, 2)
+	databaseURL, db := newSchema(t)
+	address, ports := startBalancer(t)
+	var replicas [2]*process
+	start := func(i int) {
+		replicas[i] = startProcess(t, t.TempDir(), testEnv(databaseURL, "DRAIN_DELAY=5s", "PORT="+ports[i]))
+		replicas[i].waitReady()
+	}
+	start(0)
+	start(1)
+	served := func(i int) { // since its start
+		waitFor(t, "HAProxy to send requests", func() bool {
+			return strings.Contains(replicas[i].stderr.String(), `"path":"`+usersPath)
+		})
+	}
+	crowd := startCrowd(t, address)
+	served(0)
+	served(1)
+	for i := range replacements {
+		crowd.wait(200)
+		replicas[i%2].stop()
+		crowd.wait(200) // by the other one alone
+		start(i % 2)
+		served(i % 2)
+	}
+	crowd.end()
+	crowd.outcome(db, replacements).want(t, "one of two replicas behind HAProxy replaced")
+	for _, p := range replicas {
+		p.stop()
+	}
+}
+
+// startBalancer starts HAProxy in front of two replicas on 127.0.0.1, and returns
+// its address and the ports that it expects them at.
+func startBalancer(t *testing.T) (address string, ports [2]string) {
+	t.Helper()
+	port := freePort(t)
+	ports = [2]string{freePort(t), freePort(t)}
+	address = "127.0.0.1:" + port
+	startProxy(t, newNode(t, ""), port, findProxy(t, "haproxy"), readmeBlock(t, "# haproxy.cfg, in front of rollcall",
+		"127.0.0.1:8080", address, "10.0.0.11:3000", "127.0.0.1:"+ports[0], "10.0.0.12:3000", "127.0.0.1:"+ports[1]), "-db", "-f")
+	return address, ports
+}
+
 // newListener returns a listening socket and the file to pass it on.
 func newListener(t testing.TB) (net.Listener, *os.File) {
 	t.Helper()
@@ -87,6 +136,52 @@ func newListener(t testing.TB) (net.Listener, *os.File) {
 	}
 	t.Cleanup(func() { socket.Close() })
 	return listener, socket
+}
+
+// HAProxy sends nobody to a replica that is dead, before its checks have found out,
+// and turns nobody away while PostgreSQL is away and so no replica ready.
+func TestBalancer(t *testing.T) {
+	findProxy(t, "haproxy")
+	t.Parallel()
+	checkLeaks(t)
+	server := newPrimary(t)
+	address, ports := startBalancer(t)
+	var replicas [2]*process
+	for i := range replicas {
+		replicas[i] = startProcess(t, t.TempDir(), testEnv("postgres://rollcall:secret@127.0.0.1:"+server.port+"/rollcall?sslmode=disable",
+			"PORT="+ports[i], "REQUEST_TIMEOUT=30s"))
+		replicas[i].waitReady()
+	}
+	get := func() error {
+		c := &rawClient{address: address}
+		resp, err := c.do("GET", usersPath, "", 0)
+		if err != nil {
+			return err
+		}
+		defer c.conn.Close()
+		if resp.StatusCode != 200 {
+			return errors.New(resp.Status)
+		}
+		return nil
+	}
+	replicas[0].cmd.Process.Kill()
+	replicas[0].exit()
+	for range 4 { // which HAProxy would send to both, in turns
+		if err := get(); err != nil {
+			t.Errorf("one replica is dead: %v", err)
+		}
+	}
+
+	server.server.stop()
+	waitFor(t, "HAProxy to have asked in vain", func() bool {
+		return strings.Count(replicas[1].stderr.String(), `"path":"/health/ready","status":503`) > 2
+	})
+	answered := make(chan error)
+	go func() { answered <- get() }()
+	server.serve()
+	if err := <-answered; err != nil {
+		t.Errorf("PostgreSQL was away: %v", err)
+	}
 }
 
 // A crowd is clients of three kinds that create and list users until its end: some
