@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptrace"
@@ -51,6 +52,13 @@ type outcome struct {
 	worst    time.Duration // the longest that a request took
 
 	details []string // of the first few that failed, were lost or doubled
+}
+
+// count counts something of the outcome, and keeps the details of the first of them.
+func (o *outcome) count(what *int, format string, args ...any) {
+	if *what++; *what <= 5 {
+		o.details = append(o.details, fmt.Sprintf(format, args...))
+	}
 }
 
 // chaosTable holds the outcomes of this run, for [printChaosTable].
@@ -208,13 +216,11 @@ func (l *load) compare(a *account, row user, exists bool) {
 	}
 }
 
-// count counts something in l.sum, and keeps the details of the first of them.
+// count counts something in l.sum.
 func (l *load) count(what *int, format string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if *what++; *what <= 5 {
-		l.sum.details = append(l.sum.details, fmt.Sprintf(format, args...))
-	}
+	l.sum.count(what, format, args...)
 }
 
 // A loadClient is one client with its users.
@@ -523,6 +529,106 @@ func (c *loadClient) exchange(method, path, body string, fields []string) (got a
 		err = fmt.Errorf("answered %d only on its second connection: the first one dropped it", resp.StatusCode)
 	}
 	return answer{resp.StatusCode, resp.Header, string(content)}, err
+}
+
+// A ledger holds what the answers to creates have said, where a refusal is a true
+// answer too, which a [load] does not know: a 503 with Retry-After.
+type ledger struct {
+	mu              sync.Mutex
+	sum             outcome
+	made            map[string]bool // the addresses of acknowledged users
+	open            map[string]bool // those of users who may have been made
+	served, refused []time.Duration // how long that took
+}
+
+func newLedger() *ledger {
+	return &ledger{made: make(map[string]bool), open: make(map[string]bool)}
+}
+
+// create asks the service at url for a user of a new address, and returns the
+// status of the answer, 0 if there was none.
+func (l *ledger) create(client *http.Client, url, name string) (status int) {
+	l.mu.Lock()
+	l.sum.requests++
+	email := fmt.Sprintf("u%d@example.com", l.sum.requests)
+	l.mu.Unlock()
+	var body []byte
+	var header http.Header
+	sent := time.Now()
+	resp, err := client.Post(url+usersPath, "application/json", strings.NewReader(userJSON(email, name)))
+	if err == nil {
+		status, header = resp.StatusCode, resp.Header
+		body, err = io.ReadAll(resp.Body)
+		resp.Body.Close()
+	}
+	took := time.Since(sent)
+	if err != nil {
+		status = 0
+	}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case status == 200:
+		l.made[email] = true
+		l.served = append(l.served, took)
+		l.sum.worst = max(l.sum.worst, took)
+	case status == 503 && header.Get("Retry-After") != "":
+		l.open[email] = strings.Contains(string(body), "may have been made")
+		l.refused = append(l.refused, took)
+	default:
+		l.open[email] = true
+		l.sum.count(&l.sum.failed, "failed: POST of %s: %d %s %v", email, status, body, err)
+	}
+	return status
+}
+
+// close compares the table in db with the answers. All are there, and nobody else
+// may have written to it.
+func (l *ledger) close(t testing.TB, db *sql.DB) outcome {
+	t.Helper()
+	rows, err := db.Query("SELECT email FROM users")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	lost := maps.Clone(l.made)
+	for rows.Next() {
+		var email string
+		if err := rows.Scan(&email); err != nil {
+			t.Fatal(err)
+		}
+		if !lost[email] && !l.open[email] {
+			l.sum.count(&l.sum.doubled, "doubled: no answer says that %s was made", email)
+		}
+		delete(lost, email)
+	}
+	if err := rows.Err(); err != nil {
+		t.Fatal(err)
+	}
+	for email := range lost {
+		l.sum.count(&l.sum.lost, "lost: acknowledged %s is not in the table", email)
+	}
+	return l.sum
+}
+
+// A ledger, too, sees what is wrong with the table.
+func TestLedger(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	l := newLedger()
+	for range 3 {
+		l.create(client, s.url, "U")
+	}
+	if o := l.close(t, s.db); o.requests != 3 || o.worst == 0 || o.failed+o.lost+o.doubled > 0 {
+		t.Errorf("untouched: %+v", o)
+	}
+	l.create(client, s.url, "") // it has to have a name
+	mustExec(t, s.db, "DELETE FROM users WHERE email = 'u1@example.com'")
+	mustExec(t, s.db, "INSERT INTO users (id, email, name) VALUES ($1, 'twin@example.com', 'x')", noSuchID)
+	if o := l.close(t, s.db); o.failed != 1 || o.lost != 1 || o.doubled != 1 {
+		t.Errorf("want 1 of each: %+v", o)
+	}
 }
 
 // A sound service comes out clean, and whatever is wrong with the table is seen.

@@ -152,10 +152,9 @@ func TestDiskFull(t *testing.T) {
 }
 
 // The same with a disk that is full indeed: a file system of a few megabytes,
-// which only root can mount.
-func TestDiskFullIndeed(t *testing.T) {
-	t.Parallel()
-	if os.Getenv("ROLLCALL_CHAOS") == "" {
+// which only root can mount. It fills and gets room again, several times.
+func TestChaosDiskFull(t *testing.T) {
+	if !fullChaos() {
 		t.Skip("it mounts a file system; make chaos runs it")
 	}
 	d := testDatabase(t)
@@ -179,37 +178,40 @@ func TestDiskFullIndeed(t *testing.T) {
 	t.Cleanup(func() { mustExec(t, owner, "DROP TABLESPACE small") })
 
 	s := newService(t, "REQUEST_TIMEOUT=60s")
-	path := newUser(s, "a@example.com").header.Get("Location")
 	mustExec(t, s.db, "ALTER TABLE users SET TABLESPACE small")
-	mustExec(t, s.db, "CREATE TABLE filler (b bytea) TABLESPACE small")
 	fill := func() (err error) {
+		mustExec(t, s.db, "CREATE TABLE filler (b bytea) TABLESPACE small")
 		for err == nil {
 			_, err = s.db.Exec("INSERT INTO filler SELECT decode(repeat('00', 2000), 'hex') FROM generate_series(1, 4)")
 		}
 		return err
 	}
-	if err := fill(); pq.As(err, pqerror.DiskFull) == nil {
-		t.Fatalf("the disk fills with %v", err)
-	}
-	made := 1
-	var full answer
-	waitFor(t, "a user who does not fit", func() bool { // the last page of users still has room
-		full = s.call("POST", usersPath, fmt.Sprintf(`{"email":"fits%d@example.com","name":"%s"}`, made, strings.Repeat("x", 250)))
-		if full.status != 200 {
-			return true
+	const rounds = 5
+	l := newLedger()
+	create := func() int { return l.create(client, s.url, strings.Repeat("x", 250)) }
+	for range rounds {
+		if err := fill(); pq.As(err, pqerror.DiskFull) == nil {
+			t.Fatalf("the disk fills with %v", err)
 		}
-		made++
-		return false
-	})
-	wantUnavailable(t, full)
-	for range 20 {
-		s.call("GET", path, "").user(t)
+		// The last page of users still has room.
+		waitFor(t, "a user who does not fit", func() bool { return create() != 200 })
+		var crowd sync.WaitGroup
+		for range 100 {
+			crowd.Go(func() { create() })
+		}
+		crowd.Wait()
+		if n := len(s.call("GET", usersPath+"?limit=1000", "").users(t)); n != len(l.made) {
+			t.Errorf("%d users, want %d", n, len(l.made))
+		}
+		wantHealthy(t, s)
+		mustExec(t, s.db, "DROP TABLE filler")
+		if status := create(); status != 200 {
+			t.Errorf("there is room again, and a create is %d", status)
+		}
 	}
-	if n := len(s.call("GET", usersPath+"?limit=1000", "").users(t)); n != made {
-		t.Errorf("%d users, want %d", n, made)
-	}
-	wantHealthy(t, s)
-	mustExec(t, s.db, "DROP TABLE filler")
+	o := l.close(t, s.db)
+	o.faults = rounds
+	o.want(t, "the disk full, and free again")
 	wantAllServed(t, s, 5)
 }
 
