@@ -80,28 +80,30 @@ func TestChaosOverload(t *testing.T) {
 	normal()
 }
 
-// Ten times the load that it can carry, measured. PostgreSQL is made slow, so
-// that it is the service that decides what to do, and not the scheduler of a
-// machine without a processor to spare.
+// Ten times the load that it can carry: who is refused has changed nothing, and
+// nobody else notices more than a longer wait. PostgreSQL is made slow, so that it
+// is the service that decides what to do, and not the scheduler of a machine
+// without a processor to spare.
 func TestChaosTenfold(t *testing.T) {
-	if !fullChaos() {
-		t.Skip("measures for half a minute: only with ROLLCALL_CHAOS set")
+	clients := chaosRounds(t, 5000, 200)
+	places, commit, length := 16, 200*time.Millisecond, 800*time.Millisecond
+	if fullChaos() {
+		places, commit, length = 64, 500*time.Millisecond, 10*time.Second
 	}
-	const places, poolConns, conns = 64, 10, 5000
 	databaseURL, db := newSchema(t)
-	p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns)))
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), "DB_MAX_CONNS=10"))
 	p.waitReady()
 	s := &service{t: t, url: p.url}
-	// A disk that takes half a second to commit.
-	mustExec(t, db, `CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END'`)
+	// A disk that takes its time to commit.
+	mustExec(t, db, fmt.Sprintf(`CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS
+		'BEGIN PERFORM pg_sleep(%g); RETURN NULL; END'`, commit.Seconds()))
 	mustExec(t, db, `CREATE TRIGGER slowly AFTER INSERT ON users FOR EACH STATEMENT EXECUTE FUNCTION slowly()`)
 
-	var serial atomic.Int64
-	// phase runs clients that each begin a request every so often, or, with 0, as
+	l := newLedger()
+	// phase runs clients that each begin a create every so often, or, with 0, as
 	// soon as the last one is answered.
-	phase := func(name string, clients int, every, length time.Duration) (served, refused []time.Duration) {
-		var mu sync.Mutex
-		var others int
+	phase := func(name string, clients int, every, length time.Duration) (served, refused int) {
+		fromServed, fromRefused := len(l.served), len(l.refused)
 		var running sync.WaitGroup
 		start := time.Now()
 		for i := range clients {
@@ -114,42 +116,21 @@ func TestChaosTenfold(t *testing.T) {
 					if every > 0 {
 						time.Sleep(time.Until(next)) // the load is that of a clock
 					}
-					body := fmt.Sprintf(`{"email":"u%d@example.com","name":"U"}`, serial.Add(1))
-					sent := time.Now()
-					resp, err := client.Post(s.url+usersPath, "application/json", strings.NewReader(body))
-					took := time.Since(sent)
-					status := 0
-					if err == nil {
-						_, err = io.Copy(io.Discard, resp.Body)
-						resp.Body.Close()
-						status = resp.StatusCode
-					}
-					mu.Lock()
-					switch {
-					case err == nil && status == 200:
-						served = append(served, took)
-					case err == nil && status == 503 && resp.Header.Get("Retry-After") != "":
-						refused = append(refused, took)
-					default:
-						others++
-					}
-					mu.Unlock()
+					l.create(client, s.url, "U")
 				}
 			})
 		}
 		running.Wait()
 		seconds := time.Since(start).Seconds()
+		servedIn, refusedIn := l.served[fromServed:], l.refused[fromRefused:]
+		served, refused = len(servedIn), len(refusedIn)
 		t.Logf("%-13s %5.0f requests/s: %4.0f/s served, p50 %v, p99 %v; %5.0f/s refused, p50 %v, p99 %v; %d MB resident, %d files",
-			name, float64(len(served)+len(refused))/seconds, float64(len(served))/seconds, percentile(served, 50), percentile(served, 99),
-			float64(len(refused))/seconds, percentile(refused, 50), percentile(refused, 99), p.residentMB(), p.openFiles())
-		if others > 0 {
-			t.Errorf("%s: %d answers other than 200 and 503 with Retry-After", name, others)
-		}
+			name, float64(served+refused)/seconds, float64(served)/seconds, percentile(servedIn, 50), percentile(servedIn, 99),
+			float64(refused)/seconds, percentile(refusedIn, 50), percentile(refusedIn, 99), p.residentMB(), p.openFiles())
 		return served, refused
 	}
-	phase("one client:", 1, 0, 3*time.Second)
-	const fully = 10 * time.Second
-	full, _ := phase("full load:", places, 0, fully)
+	phase("one client:", 1, 0, length*3/10)
+	full, _ := phase("full load:", places, 0, length)
 
 	var unhealthy, asked int
 	var slowest time.Duration
@@ -172,25 +153,29 @@ func TestChaosTenfold(t *testing.T) {
 			}
 		}
 	})
-	_, refused := phase("ten times it:", conns, fully*conns/time.Duration(10*len(full)), 20*time.Second)
+	_, refused := phase("ten times it:", clients, length*time.Duration(clients)/time.Duration(10*max(full, 1)), 2*length)
 	close(quit)
 	watching.Wait()
-	if len(refused) == 0 {
+	if refused == 0 && fullChaos() { // a short one may find the machine too busy
 		t.Error("that was no overload")
 	}
-	if unhealthy > 0 {
-		t.Errorf("health or readiness said no %d times of %d", unhealthy, asked)
-	}
 	over := time.Now()
-	var back time.Duration
-	waitFor(t, "a create that takes as long as alone", func() bool {
-		sent := time.Now()
-		back = sent.Sub(over)
-		a := s.call("POST", usersPath, fmt.Sprintf(`{"email":"u%d@example.com","name":"U"}`, serial.Add(1)))
-		return a.status == 200 && time.Since(sent) < time.Second
+	var sent time.Time
+	waitFor(t, "a create to be served", func() bool {
+		sent = time.Now()
+		return l.create(client, s.url, "U") == 200
 	})
-	t.Logf("health and readiness: %d of %d with 200, the slowest took %v; back to normal after %v; %d MB resident",
-		asked-unhealthy, asked, slowest.Round(time.Millisecond), back.Round(time.Millisecond), p.residentMB())
+	t.Logf("health and readiness: %d of %d with 200, the slowest took %v; the first create to be served came %v after it and took %v; %d MB resident",
+		asked-unhealthy, asked, slowest.Round(time.Millisecond), sent.Sub(over).Round(time.Millisecond),
+		time.Since(sent).Round(time.Millisecond), p.residentMB())
+
+	o := l.close(t, db)
+	o.faults = clients - places
+	o.requests += asked
+	if o.failed += unhealthy; unhealthy > 0 {
+		o.details = append(o.details, fmt.Sprintf("failed: health or readiness said no %d times", unhealthy))
+	}
+	o.want(t, "ten times the load that it can carry")
 }
 
 // percentile returns the value that p percent of the values don't exceed, 0 of none.
