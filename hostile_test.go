@@ -63,16 +63,17 @@ func returnsToNormal(t testing.TB, poolConns int) (wait func()) {
 	}
 }
 
-// A steadyLoad is good clients who ask for one user, again and again.
+// A steadyLoad is good clients who ask for one thing, again and again.
 type steadyLoad struct {
 	answers, others atomic.Int64 // with 200; with anything else
+	worst           atomic.Int64 // the longest wait for an answer, in nanoseconds
 	other           atomic.Value // one of the others, a string
 	quit            chan struct{}
 	ended           sync.Once
 	running         sync.WaitGroup
 }
 
-func startSteadyLoad(s *service, clients int, path string) *steadyLoad {
+func startSteadyLoad(s *service, clients int, path string, fields ...string) *steadyLoad {
 	l := &steadyLoad{quit: make(chan struct{})}
 	s.t.Cleanup(l.end) // of a test that has failed halfway
 	for range clients {
@@ -83,7 +84,10 @@ func startSteadyLoad(s *service, clients int, path string) *steadyLoad {
 					return
 				default:
 				}
-				if a, err := s.try("GET", path, ""); err == nil && a.status == 200 {
+				begun := time.Now()
+				a, err := s.try("GET", path, "", fields...)
+				raise(&l.worst, int64(time.Since(begun)))
+				if err == nil && a.status == 200 {
 					l.answers.Add(1)
 				} else {
 					l.others.Add(1)
@@ -93,6 +97,12 @@ func startSteadyLoad(s *service, clients int, path string) *steadyLoad {
 		})
 	}
 	return l
+}
+
+// raise makes a value the larger one of itself and another.
+func raise(value *atomic.Int64, to int64) {
+	for is := value.Load(); to > is && !value.CompareAndSwap(is, to); is = value.Load() {
+	}
 }
 
 // rate returns the answers a second over the next so many answers.
@@ -111,10 +121,20 @@ func (l *steadyLoad) end() {
 // stop ends the load, of which nothing may have failed.
 func (l *steadyLoad) stop(t testing.TB) {
 	t.Helper()
-	l.end()
-	if n := l.others.Load(); n > 0 {
-		t.Errorf("%d answers other than 200 among %d, such as %v", n, n+l.answers.Load(), l.other.Load())
+	if o := l.outcome(1); o.failed > 0 {
+		t.Errorf("%d of %d requests failed, such as %v", o.failed, o.requests, o.details)
 	}
+}
+
+// outcome ends the load, and returns what has become of it under so many faults.
+func (l *steadyLoad) outcome(faults int) outcome {
+	l.end()
+	failed := int(l.others.Load())
+	o := outcome{faults: faults, requests: int(l.answers.Load()) + failed, failed: failed, worst: time.Duration(l.worst.Load())}
+	if failed > 0 {
+		o.details = []string{"failed: " + l.other.Load().(string)}
+	}
+	return o
 }
 
 const head = "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -128,14 +148,16 @@ func longList(t testing.TB, s *service) {
 }
 
 // attackSlowly opens connections that are each slow in one of four ways, and
-// returns a function that closes them.
+// returns a function that closes them. Those who read no answer have a place until
+// theirs is made, so that a crowd of them at once would be a flood of work: each
+// waits for the first byte, behind which it is slow and nothing else.
 func attackSlowly(t testing.TB, s *service, conns int) (end func()) {
 	t.Helper()
 	attacks := []string{
 		"GET /api/v1/users HTTP/1.1\r\nHost: x\r\nX-Slow: ", // and no more
 		head + "Content-Length: 100\r\n\r\n{\"email\":",
 		head + "Transfer-Encoding: chunked\r\n\r\n64\r\n{\"email\":",
-		strings.Repeat("GET /api/v1/users?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n", 8), // and reads no answer
+		strings.Repeat("GET /api/v1/users?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n", 8), // and reads no more than a byte
 	}
 	smallWindow := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
 		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
@@ -147,8 +169,15 @@ func attackSlowly(t testing.TB, s *service, conns int) (end func()) {
 			t.Fatal(err)
 		}
 		opened = append(opened, conn)
-		if _, err := io.WriteString(conn, attacks[i%len(attacks)]); err != nil {
+		attack := attacks[i%len(attacks)]
+		if _, err := io.WriteString(conn, attack); err != nil {
 			t.Fatal(err)
+		}
+		if strings.HasSuffix(attack, "\r\n\r\n") { // it has asked for something
+			conn.SetReadDeadline(time.Now().Add(patience))
+			if _, err := conn.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	return func() {
@@ -166,7 +195,7 @@ func TestChaosSlowClients(t *testing.T) {
 	longList(t, s)
 	path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
 	normal := returnsToNormal(t, poolConns)
-	conns, answers := 80, int64(500)
+	conns, answers := 40, int64(500)
 	if fullChaos() {
 		conns, answers = 1000, 20_000
 	}
@@ -176,15 +205,6 @@ func TestChaosSlowClients(t *testing.T) {
 
 	end := attackSlowly(t, s, conns)
 	defer end()
-	// Those who read no answer have places until theirs is made: let that be over.
-	waitFor(t, "the places to be free", func() bool {
-		for range places {
-			if s.call("GET", path, "").status != 200 {
-				return false
-			}
-		}
-		return true
-	})
 	during := startSteadyLoad(s, places/4, path)
 	slowed := during.rate(t, answers)
 	for _, path := range []string{"/health", "/health/ready"} {
@@ -192,10 +212,11 @@ func TestChaosSlowClients(t *testing.T) {
 			t.Errorf("%s: %d %s", path, a.status, a.body)
 		}
 	}
-	during.end()
+	o := during.outcome(conns)
+	memory := residentMB(os.Getpid())
 	end()
-	t.Logf("%d slow connections on %d places: %.0f answers/s before, %.0f during, %d of %d refused, %d MB resident",
-		conns, places, rate, slowed, during.others.Load(), during.others.Load()+during.answers.Load(), residentMB(os.Getpid()))
+	t.Logf("%d slow connections on %d places: %.0f answers/s before, %.0f during, %d MB resident", conns, places, rate, slowed, memory)
+	o.want(t, "slow connections, of four kinds")
 	normal()
 }
 
@@ -211,15 +232,16 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 	const good, conns, answers = 50, 1000, 25_000
 	status := regexp.MustCompile(`(connected|error|closed):\s*\x1b\[[\d;]*m\s*(\d+)`) // in colours
 	for _, mode := range []struct{ name, args string }{
-		{"slow headers", "-H -i 2"},
-		{"slow bodies", "-B -i 2 -s 8192 -t POST -f application/json"},
-		{"slow readers", "-X -k 3 -w 512 -y 1024 -n 2 -z 32"},
+		{"slow headers", "-H -r 250 -i 2"},
+		{"slow bodies", "-B -r 250 -i 2 -s 8192 -t POST -f application/json"},
+		// Each asks for one page of 1 MB, which has to be made: at a rate that leaves
+		// the service time for others, lest it be refusals of work that are measured.
+		{"slow readers", "-X -r 50 -k 1 -w 512 -y 1024 -n 2 -z 32"},
 	} {
 		t.Run(mode.name, func(t *testing.T) {
 			const poolConns = 4
 			s := newService(t, "MAX_IN_FLIGHT=128", fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))
-			mustExec(t, s.db, `INSERT INTO users (id, email, name)
-				SELECT gen_random_uuid(), 'user' || n || '@example.com', 'User ' || n FROM generate_series(1, 1000) n`)
+			longList(t, s)
 			path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
 			normal := returnsToNormal(t, poolConns)
 			attacker := ownProcessor(t, s.db)
@@ -233,7 +255,7 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			args := fmt.Sprintf("%s -c %d -r 250 -l 60 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
+			args := fmt.Sprintf("%s -c %d -l 60 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
 			attack := exec.CommandContext(ctx, "taskset", slices.Concat([]string{"-c", attacker, "stdbuf", "-oL", program}, strings.Fields(args))...)
 			attack.Dir = t.TempDir() // it writes files
 			output := new(syncBuffer)
@@ -258,10 +280,11 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 			cancel()
 			attack.Wait()
 			after, _ := cost()
-			l.end()
-			t.Logf("%s, %d of them open: %.0f answers/s before, %.0f during (%.0f %% of those before and after), %.0f after; %v of processor time each before, %v during, and %v for the attacker; %d other than 200, such as %v; %d MB resident",
+			o := l.outcome(conns)
+			t.Logf("%s, %d of them open: %.0f answers/s before, %.0f during (%.0f %% of those before and after), %.0f after; %v of processor time each before, %v during, and %v for the attacker; %d MB resident",
 				mode.name, most, before, during, 200*during/(before+after), after, eachBefore, eachDuring,
-				attack.ProcessState.UserTime()+attack.ProcessState.SystemTime(), l.others.Load(), l.other.Load(), memory)
+				attack.ProcessState.UserTime()+attack.ProcessState.SystemTime(), memory)
+			o.want(t, "slowhttptest: "+mode.name)
 			normal()
 		})
 	}
@@ -335,12 +358,9 @@ func TestChaosConnections(t *testing.T) {
 		}
 	}
 	l.rate(t, 500)
-	l.end()
 	// A connection that a client keeps between two requests may be the one that is
 	// closed; net/http's client then asks again, on another.
-	if n := l.others.Load(); n > 0 {
-		t.Errorf("%d good requests failed, such as %v", n, l.other.Load())
-	}
+	l.outcome(len(crowd)).want(t, fmt.Sprintf("%d connections on %d file descriptors", len(crowd), files))
 	if log := p.stderr.String(); !strings.Contains(log, "too many connections") || strings.Contains(log, "too many open files") {
 		t.Errorf("the log says: %s", log)
 	}
@@ -585,12 +605,10 @@ func TestChaosTokenFlood(t *testing.T) {
 			}
 		})
 	}
-	for range 10 {
-		if a := s.call("GET", usersPath, "", good); a.status != 200 {
-			t.Errorf("a good token meanwhile: %d %s", a.status, a.body)
-		}
-	}
+	l := startSteadyLoad(s, 1, usersPath, good)
+	l.rate(t, 10)
 	running.Wait()
+	o := l.outcome(flood)
 	if wrong.Load() > 0 {
 		t.Errorf("%d of %d were not refused with 401", wrong.Load(), flood)
 	}
@@ -600,6 +618,7 @@ func TestChaosTokenFlood(t *testing.T) {
 	t.Logf("%d bad tokens: %.0f/s, %.0f µs of processor time each with the client's part, %d bytes of log each, %d MB resident before and %d after",
 		flood, float64(flood)/time.Since(start).Seconds(), float64((processorTime()-cpu).Microseconds())/float64(flood),
 		(len(s.log.String())-logged)/flood, memory, residentMB(os.Getpid()))
+	o.want(t, "bad tokens, in a flood")
 	normal()
 }
 
