@@ -2,9 +2,9 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build bench chaos pgo fuzz clean postgres compiler
-# PostgreSQL and the compiler come from the same package manager, which two can't
-# use at once: so make -j, too, does one thing after the other.
+.PHONY: help run test check build bench chaos pgo fuzz clean postgres compiler attackers systemd
+# What make installs comes from one package manager, which two can't use at once: so
+# make -j, too, does one thing after the other.
 .NOTPARALLEL:
 
 # The tools of make check, pinned, so that a new release breaks no old commit.
@@ -69,7 +69,7 @@ bench: postgres ## compare with one statement a request, over HTTP; see bench_te
 	GOGC=400 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
 
 # Each of these tests has a short form in make test. The table comes last.
-chaos: postgres ## break what can break, in full, under load; prints what became of the requests
+chaos: postgres attackers ## break what can break, in full, under load; prints what became of the requests
 	ROLLCALL_CHAOS=1 go test -v -count=1 -timeout 60m -run '^TestChaos' .
 
 # The client of the benchmark shares its process: what it does is left out of the profile.
@@ -98,6 +98,15 @@ postgres: # the programs of the PostgreSQL server
 
 compiler: # for the race detector
 	@$(CAN_RACE) || { $(call INSTALL,a C compiler,gcc libc6-dev,gcc glibc-devel,gcc); }
+
+ATTACKERS = haproxy pgbouncer slowhttptest
+# Not all of /usr/sbin is on every user's PATH. (The tests look there too.)
+attackers: # what make chaos breaks and attacks with; make test skips what it lacks
+	@(PATH=$$PATH:/usr/sbin; command -v haproxy && command -v pgbouncer && command -v slowhttptest) >/dev/null || \
+	{ $(call INSTALL,HAProxy and PgBouncer and slowhttptest,$(ATTACKERS),$(ATTACKERS),$(ATTACKERS)); }
+
+systemd: # to check the units of deploy/; make test skips that without it
+	@command -v systemd-analyze >/dev/null || { $(call INSTALL,systemd,systemd,systemd,systemd); }
 
 # $(call INSTALL,what,its packages for apt,for dnf,for brew)
 define INSTALL

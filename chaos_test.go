@@ -42,6 +42,17 @@ func chaosRounds(t *testing.T, full, short int) int {
 	return short
 }
 
+// notInstalled skips a test for which a program of this package of Debian's is not
+// installed. It fails it in make chaos, whose table would lack a line.
+func notInstalled(t testing.TB, program, pkg string) {
+	t.Helper()
+	say := t.Skipf
+	if fullChaos() {
+		say = t.Fatalf
+	}
+	say("%s is not installed: apt-get install %s", program, pkg)
+}
+
 // An outcome is a line of the table that make chaos prints.
 type outcome struct {
 	faults   int           // injected by the test, which sets it

@@ -215,7 +215,7 @@ func findProxy(t *testing.T, program string) string {
 		path, err = exec.LookPath("/usr/sbin/" + program)
 	}
 	if err != nil {
-		t.Skipf("%s is not installed: apt-get install %[1]s", program)
+		notInstalled(t, program, program)
 	}
 	return path
 }

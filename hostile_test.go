@@ -225,9 +225,10 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 	if !fullChaos() {
 		t.Skip("takes a minute: only with ROLLCALL_CHAOS set")
 	}
-	program, err := exec.LookPath("slowhttptest")
-	if err != nil {
-		t.Skip("slowhttptest is not installed (apt-get install slowhttptest)")
+	for program, pkg := range map[string]string{"slowhttptest": "slowhttptest", "stdbuf": "coreutils", "taskset": "util-linux"} {
+		if _, err := exec.LookPath(program); err != nil {
+			notInstalled(t, program, pkg)
+		}
 	}
 	const good, conns, answers = 50, 1000, 25_000
 	status := regexp.MustCompile(`(connected|error|closed):\s*\x1b\[[\d;]*m\s*(\d+)`) // in colours
@@ -256,7 +257,7 @@ func TestChaosSlowHTTPTest(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			args := fmt.Sprintf("%s -c %d -l 60 -p 3 -u %s/api/v1/users?limit=1000", mode.args, conns, s.url)
-			attack := exec.CommandContext(ctx, "taskset", slices.Concat([]string{"-c", attacker, "stdbuf", "-oL", program}, strings.Fields(args))...)
+			attack := exec.CommandContext(ctx, "taskset", slices.Concat([]string{"-c", attacker, "stdbuf", "-oL", "slowhttptest"}, strings.Fields(args))...)
 			attack.Dir = t.TempDir() // it writes files
 			output := new(syncBuffer)
 			attack.Stdout = output
