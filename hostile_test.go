@@ -385,8 +385,7 @@ func readToEnd(t testing.TB, conn net.Conn) string {
 // What stands behind a request that is refused or ambiguous is never taken for
 // a request: nobody smuggles one past a proxy that reads the first one otherwise
 // (RFC 9112, sections 6.3 and 11.2).
-func TestHostileFraming(t *testing.T) {
-	t.Parallel()
+func TestChaosFraming(t *testing.T) {
 	s := newService(t)
 	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 	const ask = "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -500,8 +499,7 @@ func TestUncommonFraming(t *testing.T) {
 }
 
 // A caller who has closed its half of the connection is answered.
-func TestHalfClosed(t *testing.T) {
-	t.Parallel()
+func TestChaosHalfClosed(t *testing.T) {
 	s := newService(t)
 	path := newUser(s, "a@example.com").header.Get("Location")
 	const body = `{"email":"b@example.com","name":"B"}`
