@@ -41,6 +41,7 @@ func init() {
 // startDev starts a database that is stopped when the test ends.
 func startDev(t *testing.T, dir string, settings ...string) *devDatabase {
 	t.Helper()
+	checkLeaks(t)
 	d, err := startDevDatabase(t.Context(), dir, append(settings, "fsync=off")...)
 	if err != nil {
 		t.Fatal(err)
@@ -127,6 +128,7 @@ func TestDevDatabaseKeepsData(t *testing.T) {
 
 func TestDevDatabaseInUse(t *testing.T) {
 	t.Parallel()
+	checkLeaks(t)
 	dir := t.TempDir()
 	inUse := fmt.Sprintf("the private PostgreSQL in %s: another rollcall uses this folder", dir)
 	var (
@@ -309,6 +311,7 @@ func TestDevDatabaseOfOtherVersion(t *testing.T) {
 
 func TestDevDatabaseInterrupted(t *testing.T) {
 	t.Parallel()
+	checkLeaks(t)
 	dir := t.TempDir()
 	for _, sign := range []string{"data.new/PG_VERSION", "run"} { // of initdb, and of the server
 		// What is left when even rollcall was killed during initdb.
@@ -338,6 +341,7 @@ func TestDevDatabaseInterrupted(t *testing.T) {
 
 func TestDevDatabaseThatFails(t *testing.T) {
 	t.Parallel()
+	checkLeaks(t)
 	dir := t.TempDir()
 	_, err := startDevDatabase(t.Context(), dir, "no_such_setting=1")
 	for _, want := range []string{"exit status 1", "postgres.log", `unrecognized configuration parameter "no_such_setting"`} {

@@ -51,15 +51,26 @@ func residentMB(pid int) int {
 // are no more goroutines and file descriptors than then. A test that uses it
 // must not run beside others.
 func returnsToNormal(t testing.TB, poolConns int) (wait func()) {
+	closed := filesReturn(t, os.Getpid(), poolConns)
+	goroutines := runtime.NumGoroutine()
+	return func() {
+		t.Helper()
+		closed()
+		waitFor(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= goroutines })
+	}
+}
+
+// filesReturn takes stock, and returns a function that waits until a process has
+// no more file descriptors than then.
+func filesReturn(t testing.TB, pid, poolConns int) (wait func()) {
 	client.CloseIdleConnections()
-	goroutines, files := runtime.NumGoroutine(), countFiles(os.Getpid())
+	files := countFiles(pid)
 	return func() {
 		t.Helper()
 		client.CloseIdleConnections()
-		waitFor(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= goroutines })
 		// Connections to PostgreSQL that were opened meanwhile are kept: those of the
 		// pool, the one for readiness, and the test's own.
-		waitFor(t, "the file descriptors to be closed", func() bool { return countFiles(os.Getpid()) <= files+poolConns+2 })
+		waitFor(t, "the file descriptors to be closed", func() bool { return countFiles(pid) <= files+poolConns+2 })
 	}
 }
 
@@ -337,11 +348,12 @@ func ownProcessor(t testing.TB, db *sql.DB) string {
 // still have theirs.
 func TestChaosConnections(t *testing.T) {
 	databaseURL, _ := newSchema(t)
-	const files = 200
-	p := startProcess(t, t.TempDir(), testEnv(databaseURL, "DB_MAX_CONNS=2", fmt.Sprintf("ROLLCALL_TEST_FILES=%d", files)))
+	const files, poolConns = 200, 2
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("DB_MAX_CONNS=%d", poolConns), fmt.Sprintf("ROLLCALL_TEST_FILES=%d", files)))
 	p.waitReady()
 	s := &service{t: t, url: p.url}
 	path := newUser(s, "a@example.com").header.Get("Location")
+	closed := filesReturn(t, p.cmd.Process.Pid, poolConns)
 	l := startSteadyLoad(s, 4, path)
 	crowd := make([]net.Conn, 0, 3*files)
 	for len(crowd) < cap(crowd) {
@@ -366,6 +378,10 @@ func TestChaosConnections(t *testing.T) {
 	// A connection that a client keeps between two requests may be the one that is
 	// closed; net/http's client then asks again, on another.
 	l.outcome(len(crowd)).want(t, fmt.Sprintf("%d connections on %d file descriptors", len(crowd), files))
+	for _, conn := range crowd {
+		conn.Close()
+	}
+	closed()
 	if log := p.stderr.String(); !strings.Contains(log, "too many connections") || strings.Contains(log, "too many open files") {
 		t.Errorf("the log says: %s", log)
 	}
@@ -386,7 +402,9 @@ func readToEnd(t testing.TB, conn net.Conn) string {
 // a request: nobody smuggles one past a proxy that reads the first one otherwise
 // (RFC 9112, sections 6.3 and 11.2).
 func TestChaosFraming(t *testing.T) {
-	s := newService(t)
+	const poolConns = 2
+	s := newService(t, fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))
+	t.Cleanup(returnsToNormal(t, poolConns))
 	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 	const ask = "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 	tests := []struct {
@@ -500,8 +518,10 @@ func TestUncommonFraming(t *testing.T) {
 
 // A caller who has closed its half of the connection is answered.
 func TestChaosHalfClosed(t *testing.T) {
-	s := newService(t)
+	const poolConns = 2
+	s := newService(t, fmt.Sprintf("DB_MAX_CONNS=%d", poolConns))
 	path := newUser(s, "a@example.com").header.Get("Location")
+	normal := returnsToNormal(t, poolConns)
 	const body = `{"email":"b@example.com","name":"B"}`
 	tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE") // all have to wait
 	requests := []string{
@@ -523,7 +543,9 @@ func TestChaosHalfClosed(t *testing.T) {
 		if got := readToEnd(t, conn); !strings.Contains(got, " 200 OK\r\n") {
 			t.Errorf("%q: %s", requests[i], got)
 		}
+		conn.Close()
 	}
+	normal()
 }
 
 // 10,000 requests at once on one connection are answered, one after the other.
@@ -561,6 +583,7 @@ func TestReadTimeoutIsForReading(t *testing.T) {
 			return nil
 		}
 	})))
+	checkLeaks(t)
 	server := httptest.NewUnstartedServer(observe(slog.New(slog.DiscardHandler), h))
 	server.Config.ReadTimeout = readTimeout
 	server.Start()

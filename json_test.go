@@ -507,6 +507,7 @@ func TestBodyTooSlow(t *testing.T) {
 func TestBodyDeadlineEndsWithTheBody(t *testing.T) {
 	t.Parallel()
 	const limit = 50 * time.Millisecond
+	checkLeaks(t)
 	server := httptest.NewServer(handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
 		ctx, cancel := context.WithTimeout(r.Context(), limit)
 		defer cancel()

@@ -89,6 +89,7 @@ func TestSlowLargeAnswerGivesWay(t *testing.T) {
 			ended <- r.URL.Path
 		}
 	}))
+	checkLeaks(t)
 	server := httptest.NewServer(h)
 	defer server.Close()
 	s := &service{t: t, url: server.URL}

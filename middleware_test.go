@@ -26,6 +26,7 @@ type rawConn struct {
 // dialRaw connects to the service until the test ends.
 func dialRaw(t testing.TB, s *service) *rawConn {
 	t.Helper()
+	checkLeaks(t)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 	if err != nil {
 		t.Fatal(err)
@@ -106,6 +107,7 @@ func newOffline(t testing.TB, env ...string) (*service, *store, *health) {
 	log := newLogger(cfg, buffer)
 	s := openStore(cfg, log)
 	h := &health{store: s}
+	checkLeaks(t)
 	server := httptest.NewServer(newHandler(cfg, s, h, log))
 	t.Cleanup(func() {
 		server.Close()
@@ -595,6 +597,7 @@ func TestPanicAfterEarlyHints(t *testing.T) {
 	t.Parallel()
 	buffer := new(syncBuffer)
 	log := slog.New(slog.NewJSONHandler(buffer, nil))
+	checkLeaks(t)
 	server := httptest.NewServer(observe(log, recoverPanics(log, compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusEarlyHints)
 		panic("boom")
@@ -624,6 +627,7 @@ func TestLayersUnwrap(t *testing.T) {
 			control := http.NewResponseController(w)
 			failed <- errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{}), control.Flush())
 		}))))))))
+	checkLeaks(t)
 	server := httptest.NewServer(h)
 	defer server.Close()
 	(&service{t: t, url: server.URL}).call("GET", "/", "")

@@ -303,6 +303,7 @@ func TestCompress(t *testing.T) {
 			t.Run(method+" "+tt.name, func(t *testing.T) {
 				t.Parallel()
 				content := pattern(tt.size)
+				checkLeaks(t)
 				server := httptest.NewServer(compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					if name, value, ok := strings.Cut(tt.header, ": "); ok {
 						w.Header().Set(name, value)
@@ -343,6 +344,7 @@ func TestCompress(t *testing.T) {
 // Writers are used again. What one answer was must not be seen in the next.
 func TestCompressManyAtOnce(t *testing.T) {
 	t.Parallel()
+	checkLeaks(t)
 	server := httptest.NewServer(compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		size, _ := strconv.Atoi(r.URL.Query().Get("size"))
 		content := pattern(size)
@@ -383,6 +385,7 @@ func TestCompressPanic(t *testing.T) {
 		t.Run("Accept-Encoding "+accept, func(t *testing.T) {
 			t.Parallel()
 			log := slog.New(slog.DiscardHandler)
+			checkLeaks(t)
 			server := httptest.NewServer(observe(log, recoverPanics(log, compress(http.HandlerFunc(
 				func(w http.ResponseWriter, r *http.Request) {
 					w.Header().Set("Content-Length", "100000")
@@ -405,6 +408,7 @@ func TestCompressPanic(t *testing.T) {
 func TestCompressAfterEarlyHints(t *testing.T) {
 	t.Parallel()
 	content := pattern(2000)
+	checkLeaks(t)
 	server := httptest.NewServer(compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusEarlyHints)
 		writeBody(w, http.StatusOK, []string{"text/plain"}, content)

@@ -90,8 +90,9 @@ func TestChaosTenfold(t *testing.T) {
 	if fullChaos() {
 		places, commit, length = 64, 500*time.Millisecond, 10*time.Second
 	}
+	const poolConns = 10
 	databaseURL, db := newSchema(t)
-	p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), "DB_MAX_CONNS=10"))
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns)))
 	p.waitReady()
 	s := &service{t: t, url: p.url}
 	// A disk that takes its time to commit.
@@ -99,6 +100,7 @@ func TestChaosTenfold(t *testing.T) {
 		'BEGIN PERFORM pg_sleep(%g); RETURN NULL; END'`, commit.Seconds()))
 	mustExec(t, db, `CREATE TRIGGER slowly AFTER INSERT ON users FOR EACH STATEMENT EXECUTE FUNCTION slowly()`)
 
+	closed := filesReturn(t, p.cmd.Process.Pid, poolConns)
 	l := newLedger()
 	// phase runs clients that each begin a create every so often, or, with 0, as
 	// soon as the last one is answered.
@@ -176,6 +178,7 @@ func TestChaosTenfold(t *testing.T) {
 		o.details = append(o.details, fmt.Sprintf("failed: health or readiness said no %d times", unhealthy))
 	}
 	o.want(t, "ten times the load that it can carry")
+	closed()
 }
 
 // percentile returns the value that p percent of the values don't exceed, 0 of none.
@@ -196,7 +199,7 @@ func TestChaosMemory(t *testing.T) {
 	if !fullChaos() {
 		t.Skip("it only measures: with ROLLCALL_CHAOS set")
 	}
-	const conns = 5000
+	const conns, poolConns = 5000, 2
 	for _, tt := range []struct{ name, request string }{
 		{"that has been answered and is idle", "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"},
 		{"with 30 KB of a header", "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X: "+strings.Repeat("x", 995)+"\r\n", 30)},
@@ -204,8 +207,9 @@ func TestChaosMemory(t *testing.T) {
 			strings.Repeat(" ", 900_000)},
 	} {
 		databaseURL, _ := newSchema(t)
-		p := startProcess(t, t.TempDir(), testEnv(databaseURL, "DB_MAX_CONNS=2"))
+		p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("DB_MAX_CONNS=%d", poolConns)))
 		p.waitReady()
+		closed := filesReturn(t, p.cmd.Process.Pid, poolConns)
 		before, most := p.residentMB(), 0
 		var opened []net.Conn
 		for range conns {
@@ -221,5 +225,6 @@ func TestChaosMemory(t *testing.T) {
 		for _, conn := range opened {
 			conn.Close()
 		}
+		closed()
 	}
 }

@@ -17,6 +17,7 @@ import (
 // socket has at most 107 bytes (unix(7)), and that of t.TempDir may be longer.
 func socketDir(t testing.TB) string {
 	t.Helper()
+	checkLeaks(t)
 	dir, err := os.MkdirTemp("", "rollcall-socket-")
 	if err != nil {
 		t.Fatal(err)

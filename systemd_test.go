@@ -37,6 +37,7 @@ type mailbox struct {
 // newMailbox opens a mailbox under this name; if it is empty, under one of its own.
 func newMailbox(t testing.TB, name string) *mailbox {
 	t.Helper()
+	checkLeaks(t)
 	if name == "" {
 		// Not t.TempDir: the name of a socket has at most 107 bytes, see unix(7).
 		dir := socketDir(t)
