@@ -125,6 +125,7 @@ func startBalancer(t *testing.T) (address string, ports [2]string) {
 // newListener returns a listening socket and the file to pass it on.
 func newListener(t testing.TB) (net.Listener, *os.File) {
 	t.Helper()
+	checkLeaks(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -481,6 +482,7 @@ func TestLastAnswerOfConnection(t *testing.T) {
 		"compressed":   compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 4096)) })).ServeHTTP,
 	} {
 		t.Run(name, func(t *testing.T) {
+			checkLeaks(t)
 			var draining atomic.Bool
 			log := slog.New(slog.DiscardHandler)
 			server := httptest.NewServer(observe(log, recoverPanics(log, sayGoodbye(&draining, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -518,6 +520,7 @@ func TestHangUp(t *testing.T) {
 }
 
 func testHangUp(t *testing.T, secure bool) {
+	checkLeaks(t)
 	conns := newConnections(2, slog.New(slog.DiscardHandler))
 	entered, goOn := make(chan struct{}, 1), make(chan struct{})
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

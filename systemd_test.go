@@ -125,9 +125,7 @@ func TestPassedSocket(t *testing.T) {
 			heard.wait("READY=1")
 			heard.wait("STATUS=serving on " + test.listener.Addr().String())
 			listening := fmt.Sprintf(`"msg":"listening","address":%q,"socket":"passed by the service manager"`, test.listener.Addr())
-			if !strings.Contains(p.stderr.String(), listening) {
-				t.Errorf("the log does not say %s", listening)
-			}
+			waitFor(t, "the log to say "+listening, func() bool { return strings.Contains(p.stderr.String(), listening) })
 			conn, err := net.Dial(test.listener.Addr().Network(), test.listener.Addr().String())
 			if err != nil {
 				t.Fatal(err)
