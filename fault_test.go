@@ -60,6 +60,18 @@ func wantUnavailable(t *testing.T, a answer) {
 	}
 }
 
+// wantInTime checks that no request so far took longer than the deadline of the
+// test's service, of two seconds at most. What more it is given here is for a
+// machine that is busy.
+func wantInTime(t *testing.T, s *service) {
+	t.Helper()
+	for _, line := range s.logged() {
+		if took, _ := line["duration_ms"].(float64); took > 10_000 {
+			t.Errorf("%v %v took %v ms", line["method"], line["path"], took)
+		}
+	}
+}
+
 // wantHealthy checks that the service says so.
 func wantHealthy(t *testing.T, s *service) {
 	t.Helper()
@@ -274,6 +286,7 @@ func TestPoolUsedUp(t *testing.T) {
 			wantUnavailable(t, answer)
 		}
 	}
+	wantInTime(t, s)
 	waitSlow(t, s, 0) // PostgreSQL ends them a moment after their callers were answered
 	open()
 	wantAllServed(t, s, 5)
@@ -453,6 +466,7 @@ func TestLockedRowUntilTheDeadline(t *testing.T) {
 		wantError(t, a, 503, "The request took too long; the change may have been made all the same")
 		wantUnavailable(t, a)
 	}
+	wantInTime(t, s)
 	tx.Rollback()
 	if after := s.call("GET", path, ""); after.body != before.body {
 		t.Errorf("before %s\nafter  %s", before.body, after.body)
@@ -536,6 +550,7 @@ func TestLockedTable(t *testing.T) {
 		for _, a := range calls.wait() {
 			wantUnavailable(t, a)
 		}
+		wantInTime(t, s)
 		tx.Rollback()
 		wantAllServed(t, s, 20)
 		if n := count(t, s.db, "SELECT count(*) FROM users WHERE name = 'late'"); n != 0 {
