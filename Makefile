@@ -68,7 +68,7 @@ endef
 bench: postgres ## compare with one statement a request, over HTTP; see bench_test.go
 	GOGC=400 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
 
-# Each of these tests has a short form in make test. The table comes last.
+# Nearly each of these tests has a short form in make test. The table comes last.
 chaos: postgres attackers ## break what can break, in full, under load; prints what became of the requests
 	ROLLCALL_CHAOS=1 go test -v -count=1 -timeout 60m -run '^TestChaos' .
 

@@ -543,7 +543,7 @@ func (c *loadClient) exchange(method, path, body string, fields []string) (got a
 }
 
 // A ledger holds what the answers to creates have said, where a refusal is a true
-// answer too, which a [load] does not know: a 503 with Retry-After.
+// answer too, which a [load] does not know: a 503 as it should be.
 type ledger struct {
 	mu              sync.Mutex
 	sum             outcome
@@ -563,54 +563,61 @@ func (l *ledger) create(client *http.Client, url, name string) (status int) {
 	l.sum.requests++
 	email := fmt.Sprintf("u%d@example.com", l.sum.requests)
 	l.mu.Unlock()
-	var body []byte
-	var header http.Header
+	var got answer
 	sent := time.Now()
 	resp, err := client.Post(url+usersPath, "application/json", strings.NewReader(userJSON(email, name)))
 	if err == nil {
-		status, header = resp.StatusCode, resp.Header
+		var body []byte
 		body, err = io.ReadAll(resp.Body)
 		resp.Body.Close()
+		got = answer{resp.StatusCode, resp.Header, string(body)}
 	}
 	took := time.Since(sent)
 	if err != nil {
-		status = 0
+		got = answer{body: err.Error()}
 	}
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case status == 200:
+	case got.status == 200:
 		l.made[email] = true
 		l.served = append(l.served, took)
 		l.sum.worst = max(l.sum.worst, took)
-	case status == 503 && header.Get("Retry-After") != "":
-		l.open[email] = strings.Contains(string(body), "may have been made")
+	case got.isUnavailable():
+		l.open[email] = strings.Contains(got.body, "may have been made")
 		l.refused = append(l.refused, took)
 	default:
 		l.open[email] = true
-		l.sum.count(&l.sum.failed, "failed: POST of %s: %d %s %v", email, status, body, err)
+		l.sum.count(&l.sum.failed, "failed: POST of %s: %d %s", email, got.status, got.body)
 	}
-	return status
+	return got.status
 }
 
-// close compares the table in db with the answers. All are there, and nobody else
-// may have written to it.
+// close compares the table in db with the answers. All are there.
 func (l *ledger) close(t testing.TB, db *sql.DB) outcome {
+	t.Helper()
+	l.sum.compare(t, db, l.made, l.open)
+	return l.sum
+}
+
+// compare compares the addresses in the table in db, to which nobody else may have
+// written, with those of acknowledged users and those of users who may have been made.
+func (o *outcome) compare(t testing.TB, db *sql.DB, made, open map[string]bool) {
 	t.Helper()
 	rows, err := db.Query("SELECT email FROM users")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer rows.Close()
-	lost := maps.Clone(l.made)
+	lost := maps.Clone(made)
 	for rows.Next() {
 		var email string
 		if err := rows.Scan(&email); err != nil {
 			t.Fatal(err)
 		}
-		if !lost[email] && !l.open[email] {
-			l.sum.count(&l.sum.doubled, "doubled: no answer says that %s was made", email)
+		if !lost[email] && !open[email] {
+			o.count(&o.doubled, "doubled: no answer says that %s was made", email)
 		}
 		delete(lost, email)
 	}
@@ -618,9 +625,8 @@ func (l *ledger) close(t testing.TB, db *sql.DB) outcome {
 		t.Fatal(err)
 	}
 	for email := range lost {
-		l.sum.count(&l.sum.lost, "lost: acknowledged %s is not in the table", email)
+		o.count(&o.lost, "lost: acknowledged %s is not in the table", email)
 	}
-	return l.sum
 }
 
 // A ledger, too, sees what is wrong with the table.

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -262,30 +261,7 @@ func (l *crowd) outcome(db *sql.DB, faults int) outcome {
 		worst:    time.Duration(l.worst.Load()),
 		details:  l.failures,
 	}
-	rows, err := db.Query("SELECT email FROM users")
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	defer rows.Close()
-	missing := maps.Clone(l.acknowledged)
-	for rows.Next() {
-		var email string
-		if err := rows.Scan(&email); err != nil {
-			l.t.Fatal(err)
-		}
-		if !missing[email] {
-			o.doubled++
-			o.details = append(o.details, "doubled: "+email)
-		}
-		delete(missing, email)
-	}
-	if err := rows.Err(); err != nil {
-		l.t.Fatal(err)
-	}
-	for email := range missing {
-		o.lost++
-		o.details = append(o.details, "lost: "+email)
-	}
+	o.compare(l.t, db, l.acknowledged, nil)
 	return o
 }
 
@@ -330,8 +306,7 @@ func (l *crowd) answer(method, body string, resp *http.Response, begun time.Time
 		l.mu.Unlock()
 	}
 	l.answered.Add(1)
-	for wait, worst := int64(time.Since(begun)), l.worst.Load(); wait > worst && !l.worst.CompareAndSwap(worst, wait); worst = l.worst.Load() {
-	}
+	raise(&l.worst, int64(time.Since(begun)))
 	return nil
 }
 

@@ -52,10 +52,15 @@ func (p *pendingCalls) wait() []answer {
 	return p.answers
 }
 
+// isUnavailable reports whether an answer is a 503 as it should be.
+func (a answer) isUnavailable() bool {
+	return a.status == 503 && a.header.Get("Retry-After") != "" && a.header.Get("Content-Type") == "application/json" && strings.Contains(a.body, `"message":"`)
+}
+
 // wantUnavailable checks that an answer is a 503 as it should be.
 func wantUnavailable(t *testing.T, a answer) {
 	t.Helper()
-	if a.status != 503 || a.header.Get("Retry-After") == "" || a.header.Get("Content-Type") != "application/json" || !strings.Contains(a.body, `"message":"`) {
+	if !a.isUnavailable() {
 		t.Errorf("got %d %s, want a 503 with Retry-After and a message", a.status, a.body)
 	}
 }
@@ -190,6 +195,7 @@ func TestChaosDiskFull(t *testing.T) {
 	t.Cleanup(func() { mustExec(t, owner, "DROP TABLESPACE small") })
 
 	s := newService(t, "REQUEST_TIMEOUT=60s")
+	path := newUser(s, "a@example.com").header.Get("Location")
 	mustExec(t, s.db, "ALTER TABLE users SET TABLESPACE small")
 	fill := func() (err error) {
 		mustExec(t, s.db, "CREATE TABLE filler (b bytea) TABLESPACE small")
@@ -200,6 +206,7 @@ func TestChaosDiskFull(t *testing.T) {
 	}
 	const rounds = 5
 	l := newLedger()
+	l.made["a@example.com"] = true
 	create := func() int { return l.create(client, s.url, strings.Repeat("x", 250)) }
 	for range rounds {
 		if err := fill(); pq.As(err, pqerror.DiskFull) == nil {
@@ -212,6 +219,9 @@ func TestChaosDiskFull(t *testing.T) {
 			crowd.Go(func() { create() })
 		}
 		crowd.Wait()
+		for range 20 {
+			s.call("GET", path, "").user(t)
+		}
 		if n := len(s.call("GET", usersPath+"?limit=1000", "").users(t)); n != len(l.made) {
 			t.Errorf("%d users, want %d", n, len(l.made))
 		}

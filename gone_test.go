@@ -107,7 +107,6 @@ func TestNobodyReadsInBackground(t *testing.T) {
 // The end of a connection is seen at once, however it came.
 func TestPeek(t *testing.T) {
 	t.Parallel()
-	listener, _ := newListener(t)
 	for name, tt := range map[string]struct {
 		do    func(*net.TCPConn) error
 		wantN int
@@ -117,23 +116,15 @@ func TestPeek(t *testing.T) {
 		"an end": {(*net.TCPConn).CloseWrite, 0, nil},
 		"reset":  {func(c *net.TCPConn) error { c.SetLinger(0); return c.Close() }, 0, syscall.ECONNRESET},
 	} {
-		client, err := net.Dial("tcp", listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		conn, err := listener.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+		client, conn := connect(t)
 		if n, err := peek(conn); n != 0 || err != syscall.EAGAIN {
 			t.Errorf("%s, before: %d, %v", name, n, err)
 		}
-		if err := tt.do(client.(*net.TCPConn)); err != nil {
+		if err := tt.do(client); err != nil {
 			t.Fatal(err)
 		}
-		n := 0
+		var n int
+		var err error
 		waitFor(t, "something to arrive", func() bool {
 			n, err = peek(conn)
 			return err != syscall.EAGAIN

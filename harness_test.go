@@ -104,6 +104,22 @@ func begin(t testing.TB, db *sql.DB, text string, args ...any) *sql.Tx {
 	return tx
 }
 
+// connect returns the two ends of a connection, which is closed with the test.
+func connect(t testing.TB) (client *net.TCPConn, server net.Conn) {
+	t.Helper()
+	listener, _ := newListener(t)
+	conn, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if server, err = listener.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	return conn.(*net.TCPConn), server
+}
+
 // serveOn has h serve those who connect to listener as the service would, until t
 // ends, and returns the URL. nil is a listener of its own.
 func serveOn(t testing.TB, listener net.Listener, h http.Handler) string {

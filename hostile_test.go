@@ -211,7 +211,7 @@ func TestChaosSlowClients(t *testing.T) {
 	longList(t, s)
 	path := usersPath + "/" + s.call("GET", usersPath+"?limit=1", "").users(t)[0]["id"]
 	normal := returnsToNormal(t, poolConns)
-	conns, answers := 40, int64(500)
+	conns, answers := 80, int64(500)
 	if fullChaos() {
 		conns, answers = 1000, 20_000
 	}

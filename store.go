@@ -102,10 +102,11 @@ func openStore(cfg config, log *slog.Logger) *store {
 	s.db.SetMaxOpenConns(cfg.dbMaxConns)
 	s.db.SetMaxIdleConns(cfg.dbMaxConns)
 	s.db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
-	s.db.SetConnMaxLifetime(time.Hour)       // so that the pool follows a database that moved
+	lifetime := time.Hour                    // so that the pool follows a database that moved
 	if attrs := cfg.database.TargetSessionAttrs; attrs == pq.TargetSessionAttrsReadWrite || attrs == pq.TargetSessionAttrsPrimary {
-		s.db.SetConnMaxLifetime(readOnlyPatience)
+		lifetime = readOnlyPatience
 	}
+	s.db.SetConnMaxLifetime(lifetime)
 	s.probe = sql.OpenDB(&connector{database: database, patience: readyTimeout})
 	s.probe.SetMaxOpenConns(1)
 	s.probe.SetMaxIdleConns(0) // used once in a while: it connects anew

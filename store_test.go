@@ -624,21 +624,7 @@ func TestImpatientConn(t *testing.T) {
 // deadline of the last answer has no say in it.
 func TestIsOver(t *testing.T) {
 	t.Parallel()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	c, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	server, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
+	c, server := connect(t)
 	c.SetReadDeadline(time.Unix(1, 0))
 	if isOver(c) {
 		t.Error("an idle connection is over")
