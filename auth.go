@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -21,12 +23,19 @@ import (
 // signature and only then believes a claim; allows says whether the scope is
 // enough for the method. Who called goes into the access log.
 //
+// A caller sends the same token with each request, for minutes or hours. So what
+// a valid one says is remembered, and only its dates are looked at again: the
+// keys, the issuer and the audience stay the same as long as the service runs.
+//
 // A header may say where to fetch the key it was signed with (jwk, jku, x5c,
 // x5u). Nobody looks there: keys come from the configuration alone.
 
 const (
 	maxTokenBytes = 8 << 10
 	leeway        = 30 // seconds by which the clocks of others may differ
+	// rememberedBytes bounds the length of all remembered tokens together. What is
+	// kept of one is about as long as the token.
+	rememberedBytes = 2 << 20
 )
 
 // A tokenError tells the caller what is wrong with a token, in a sentence that
@@ -62,16 +71,38 @@ type claims struct {
 	caller
 	scoped bool // the token has a scope or scp claim: it may do what that says and no more
 	scopes []string
+	// exp, nbf and iat, in seconds since 1970; 0 where one is missing, which for
+	// the latter two is as good as none.
+	expiry, notBefore, issuedAt float64
 }
 
 // allows reports whether the bearer may do what takes the scope.
 func (c claims) allows(scope string) bool { return !c.scoped || slices.Contains(c.scopes, scope) }
 
-// A verifier checks tokens.
+// checkDates returns what is wrong with the time now for the claims.
+func (c claims) checkDates(now time.Time) error {
+	switch t := float64(now.UnixMicro()) / 1e6; {
+	case t >= c.expiry+leeway:
+		return errTokenExpired
+	case t < c.notBefore-leeway:
+		return errTokenEarly
+	case t < c.issuedAt-leeway:
+		return errTokenFuture
+	}
+	return nil
+}
+
+// A verifier checks tokens. It is safe for concurrent use.
 type verifier struct {
 	keys             []key
 	issuer, audience string // not checked when empty
 	now              func() time.Time
+
+	mu sync.Mutex
+	// remembered are the claims of valid tokens, each under the hash of the whole of
+	// it: how long it takes to find one tells nothing of the others, and none is kept.
+	remembered map[[sha256.Size]byte]claims
+	bytes      int // of the remembered tokens
 }
 
 // newVerifier returns a verifier for tokens signed with one of the keys. It
@@ -80,15 +111,47 @@ func newVerifier(keys []key, issuer, audience string) *verifier {
 	if len(keys) == 0 {
 		panic("newVerifier: no keys")
 	}
-	return &verifier{keys: keys, issuer: issuer, audience: audience, now: time.Now}
+	return &verifier{keys: keys, issuer: issuer, audience: audience, now: time.Now, remembered: make(map[[sha256.Size]byte]claims)}
 }
 
 // verify returns the claims of a token that is valid now. Its error is always a
 // [tokenError].
-func (v *verifier) verify(token string) (claims, error) {
+func (v *verifier) verify(token string) (c claims, err error) {
 	if len(token) > maxTokenBytes {
 		return claims{}, errTokenLong
 	}
+	hash := sha256.Sum256([]byte(token))
+	v.mu.Lock()
+	c, known := v.remembered[hash]
+	v.mu.Unlock()
+	if !known {
+		if c, err = v.open(token); err != nil {
+			return claims{}, err
+		}
+	}
+	if err := c.checkDates(v.now()); err != nil {
+		return claims{}, err
+	}
+	if !known {
+		v.remember(hash, c, len(token))
+	}
+	return c, nil
+}
+
+// remember keeps the claims of a token of so many bytes. Where there is no room,
+// all others are forgotten: they are verified once more.
+func (v *verifier) remember(hash [sha256.Size]byte, c claims, bytes int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.bytes += bytes; v.bytes > rememberedBytes {
+		clear(v.remembered)
+		v.bytes = bytes
+	}
+	v.remembered[hash] = c
+}
+
+// open returns the claims of a token whose signature is right, whatever the time.
+func (v *verifier) open(token string) (claims, error) {
 	parts := strings.SplitN(token, ".", 4) // a fourth is one too many
 	if len(parts) != 3 {
 		return claims{}, errTokenParts
@@ -107,7 +170,7 @@ func (v *verifier) verify(token string) (claims, error) {
 	if err := v.checkSignature(algorithm, kid, []byte(signed), signature); err != nil {
 		return claims{}, err
 	}
-	return v.checkClaims(payload)
+	return v.readClaims(payload)
 }
 
 // base64URL refuses padding, and bits behind the last byte that are not zero:
@@ -168,25 +231,25 @@ func (v *verifier) checkSignature(algorithm, kid string, input, signature []byte
 	return err
 }
 
-// checkClaims reads the claims (RFC 7519, section 4.1) of a token whose signature
+// readClaims returns the claims (RFC 7519, section 4.1) of a token whose signature
 // is right. Claims that it does not know are ignored, as section 4 asks for.
-func (v *verifier) checkClaims(payload []byte) (claims, error) {
+func (v *verifier) readClaims(payload []byte) (claims, error) {
 	var c claims
-	now := float64(v.now().UnixMicro()) / 1e6
 	hasExpiry, issuerFits, audienceFits := false, v.issuer == "", v.audience == ""
 	err := walkUniqueObject(payload, func(name string, value []byte) error {
 		switch name {
 		case "exp", "nbf", "iat":
-			hasExpiry = hasExpiry || name == "exp"
-			switch t, ok := numericDate(value); {
-			case !ok:
+			t, ok := numericDate(value)
+			if !ok {
 				return errTokenDate
-			case name == "exp" && now >= t+leeway:
-				return errTokenExpired
-			case name == "nbf" && now < t-leeway:
-				return errTokenEarly
-			case name == "iat" && now < t-leeway:
-				return errTokenFuture
+			}
+			switch name {
+			case "exp":
+				c.expiry, hasExpiry = t, true
+			case "nbf":
+				c.notBefore = t
+			case "iat":
+				c.issuedAt = t
 			}
 		case "iss":
 			var ok bool

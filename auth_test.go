@@ -492,6 +492,77 @@ func TestClaims(t *testing.T) {
 	}
 }
 
+// TestRememberedToken takes its verifier the keys away: what it still lets in, it
+// remembers.
+func TestRememberedToken(t *testing.T) {
+	t.Parallel()
+	v := fixedVerifier("", "", mustKey(t, hmacSecret(tokenSecret)))
+	token := func(payload string) string { return signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, payload) }
+	dated := token(`{"exp":1700000100,"nbf":1699999900,"sub":"alice","scope":"users:read"}`)
+	issued := token(`{"exp":1700000100,"iat":1699999900,"sub":"bob"}`)
+	early := token(`{"exp":1700000200,"nbf":1700000100}`)
+	for text, want := range map[string]error{dated: nil, issued: nil, early: errTokenEarly} {
+		if _, err := v.verify(text); err != want {
+			t.Fatalf("%s: %v, want %v", text, err, want)
+		}
+	}
+	v.keys = nil
+
+	at := func(seconds int64, text string, want error) {
+		t.Helper()
+		v.now = func() time.Time { return time.Unix(seconds, 0) }
+		if _, err := v.verify(text); err != want {
+			t.Errorf("at %d: %v, want %v", seconds, err, want)
+		}
+	}
+	at(1700000129, dated, nil)
+	at(1700000130, dated, errTokenExpired)
+	at(1699999870, dated, nil) // the clock was set back
+	at(1699999869, dated, errTokenEarly)
+	at(1699999869, issued, errTokenFuture)
+	at(1700000100, early, errTokenKey) // it was not valid then
+	at(1700000000, token(`{"exp":1700000100,"sub":"carol"}`), errTokenKey)
+	for i := range dated {
+		other := []byte(dated)
+		other[i] ^= 1
+		if _, err := v.verify(string(other)); err == nil {
+			t.Errorf("let in with byte %d changed: %s", i, other)
+		}
+	}
+	switch c, err := v.verify(dated); {
+	case err != nil:
+		t.Error(err)
+	case c.subject != "alice" || !c.allows("users:read") || c.allows("users:write"):
+		t.Errorf("got %+v", c)
+	}
+}
+
+// TestManyTokens has callers send more tokens than are remembered.
+func TestManyTokens(t *testing.T) {
+	t.Parallel()
+	v := fixedVerifier("", "", mustKey(t, hmacSecret(tokenSecret)))
+	var callers sync.WaitGroup
+	for i := range 8 {
+		callers.Go(func() {
+			filler := strings.Repeat("x", 5000)
+			for j := range rememberedBytes / 8 / 5000 {
+				want := fmt.Sprintf("%d of %d", j, i)
+				token := signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, `{"exp":1700000001,"sub":"`+want+`","x":"`+filler+`"}`)
+				for range 2 {
+					if c, err := v.verify(token); err != nil || c.subject != want {
+						t.Errorf("%s: got %+v, %v", want, c, err)
+						return
+					}
+				}
+			}
+		})
+	}
+	callers.Wait()
+	if v.bytes > rememberedBytes || v.bytes < rememberedBytes/10 || len(v.remembered) > v.bytes/5000 || len(v.remembered) == 0 {
+		t.Errorf("%d bytes of %d tokens are remembered", v.bytes, len(v.remembered))
+	}
+}
+
 func TestIssuerAndAudience(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -915,9 +986,12 @@ func FuzzToken(f *testing.F) {
 		if err == nil && !slices.Contains(signed, text) {
 			t.Errorf("forged: %s", text)
 		}
+		if _, again := v.verify(text); again != err {
+			t.Errorf("%v the first time, %v the second", err, again)
+		}
 		// A header comes from anybody, and claims from all who hold a key.
 		_, _, headerErr := parseTokenHeader([]byte(text))
-		_, claimsErr := strict.checkClaims([]byte(text))
+		_, claimsErr := strict.readClaims([]byte(text))
 		for _, err := range []error{err, headerErr, claimsErr} {
 			if _, ok := err.(tokenError); err != nil && !ok {
 				t.Errorf("not an error for the caller: %v", err)
