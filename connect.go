@@ -216,13 +216,13 @@ func (d *dialer) DialContext(ctx context.Context, network, address string) (net.
 	if d.patience == 0 {
 		return c, nil
 	}
-	return &impatientConn{Conn: c, patience: d.patience}, nil
+	return &impatientConn{socket: newSocket(c), patience: d.patience}, nil
 }
 
 // An impatientConn limits how long a Read waits. lib/pq reads only when an
 // answer is due, so an idle connection never runs into the limit.
 type impatientConn struct {
-	net.Conn
+	socket
 	patience time.Duration
 	explicit bool      // lib/pq has set a deadline of its own: it is connecting
 	counted  time.Time // from when patience counts

@@ -12,6 +12,7 @@ import (
 
 // What the service knows of its connections. What it does with that is elsewhere:
 //
+//	socket.go    writes to them, and to those of PostgreSQL
 //	onewrite.go  sends each answer in one piece
 //	gone.go      sees whose caller has gone
 //	limits.go    keeps them to a number
@@ -19,7 +20,7 @@ import (
 
 // A connection is one of the server's; below TLS, if there is any.
 type connection struct {
-	net.Conn
+	socket
 	gathered *[]byte // of the answer that is to go out in one piece; nil: what is written goes out at once
 	presence         // of the caller
 
@@ -150,7 +151,7 @@ func (l connectionListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &connection{Conn: c}, nil
+	return &connection{socket: newSocket(c)}, nil
 }
 
 // connectionKey is what a request's context knows its connection by.

@@ -120,7 +120,7 @@ func TestConnections(t *testing.T) {
 		server, client := net.Pipe()
 		t.Cleanup(func() { server.Close(); client.Close() })
 		conns[name] = client
-		conns["server "+name] = &connection{Conn: server}
+		conns["server "+name] = &connection{socket: newSocket(server)}
 		c.track(conns["server "+name], http.StateNew)
 	}
 	change := func(name string, state http.ConnState) { c.track(conns["server "+name], state) }

@@ -22,7 +22,7 @@ func (c *connection) send() error {
 
 func (c *connection) flush() (err error) {
 	if len(*c.gathered) > 0 {
-		_, err = c.Conn.Write(*c.gathered)
+		_, err = c.socket.Write(*c.gathered)
 		*c.gathered = (*c.gathered)[:0]
 	}
 	return err
@@ -30,7 +30,7 @@ func (c *connection) flush() (err error) {
 
 func (c *connection) Write(p []byte) (int, error) {
 	if c.gathered == nil {
-		return c.Conn.Write(p)
+		return c.socket.Write(p)
 	}
 	if len(*c.gathered)+len(p) <= smallBytes { // what is larger is not copied: one more write costs less
 		*c.gathered = append(*c.gathered, p...)
@@ -39,5 +39,5 @@ func (c *connection) Write(p []byte) (int, error) {
 	if err := c.flush(); err != nil {
 		return 0, err
 	}
-	return c.Conn.Write(p)
+	return c.socket.Write(p)
 }

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"testing"
+	"time"
+)
+
+// socketPair returns both ends of a connection, the first of them as a socket.
+func socketPair(t *testing.T) (socket, net.Conn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	peer, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { peer.Close() })
+	return newSocket(c), peer
+}
+
+// TestSocketWaits writes more than there is room for, to a peer that reads later.
+func TestSocketWaits(t *testing.T) {
+	t.Parallel()
+	s, peer := socketPair(t)
+	sent := bytes.Repeat([]byte("0123456789abcde\n"), 1<<20)
+	written := make(chan error, 1)
+	go func() {
+		n, err := s.Write(sent)
+		if err == nil && n != len(sent) {
+			err = io.ErrShortWrite
+		}
+		written <- errors.Join(err, s.Close())
+	}()
+	got, err := io.ReadAll(peer)
+	if err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("%d bytes came, of %d (%v)", len(got), len(sent), err)
+	}
+	if err := <-written; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSocketErrors holds that what is wrong is told as net tells it, and that n is
+// what has been sent.
+func TestSocketErrors(t *testing.T) {
+	t.Parallel()
+	s, peer := socketPair(t)
+	if n, err := s.Write(nil); n != 0 || err != nil {
+		t.Errorf("nothing: %d, %v", n, err)
+	}
+	go func() { // some has been sent, and the rest waits
+		io.ReadFull(peer, make([]byte, 1))
+		s.SetWriteDeadline(time.Unix(1, 0))
+	}()
+	large := make([]byte, 64<<20)
+	n, err := s.Write(large)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || n == 0 || n == len(large) {
+		t.Errorf("to one who does not read: %d, %v", n, err)
+	}
+	if n, err := s.Write([]byte("x")); !errors.Is(err, os.ErrDeadlineExceeded) || n != 0 {
+		t.Errorf("after the deadline: %d, %v", n, err)
+	}
+	s.SetWriteDeadline(time.Time{})
+	got := make(chan int64, 1)
+	go func() {
+		n, _ := io.Copy(io.Discard, peer)
+		got <- n
+	}()
+	s.Close()
+	if received := <-got; received+1 != int64(n) {
+		t.Errorf("%d bytes came, of %d", received+1, n)
+	}
+	if _, err := s.Write([]byte("x")); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("when closed: %v", err)
+	}
+
+	s, peer = socketPair(t)
+	peer.Close()
+	err = nil
+	for until := time.Now().Add(patience); err == nil && time.Now().Before(until); {
+		_, err = s.Write(make([]byte, 1<<10))
+	}
+	if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "write" {
+		t.Errorf("when the peer has gone: %#v", err)
+	}
+}
