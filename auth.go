@@ -34,7 +34,7 @@ const (
 	maxTokenBytes = 8 << 10
 	leeway        = 30 // seconds by which the clocks of others may differ
 	// rememberedBytes bounds the length of all remembered tokens together. What is
-	// kept of one is about as long as the token.
+	// kept of one takes a few times as much, at most.
 	rememberedBytes = 2 << 20
 )
 

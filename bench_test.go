@@ -67,8 +67,13 @@ func Benchmark(b *testing.B) {
 	if err := store.start(b.Context()); err != nil {
 		b.Fatal(err)
 	}
-	s := httptest.NewServer(newHandler(cfg, store, &health{store: store}, log))
-	b.Cleanup(s.Close)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	server := newServer(cfg, newHandler(cfg, store, &health{store: store}, log), log)
+	b.Cleanup(func() { server.Close() })
+	go listen(server, listener, newConnections(maxConnections, log))
 	db, err := sql.Open("postgres", dev.url())
 	if err != nil {
 		b.Fatal(err)
@@ -103,11 +108,11 @@ func Benchmark(b *testing.B) {
 			}
 		}},
 	} {
-		for _, service := range []struct{ name, url string }{{"rollcall", s.URL}, {"single", single.URL}} {
+		for _, service := range []struct{ name, address string }{{"rollcall", listener.Addr().String()}, {"single", single.Listener.Addr().String()}} {
 			b.Run(load.name+"/"+service.name, func(b *testing.B) {
 				b.SetParallelism(benchConns / 2) // times GOMAXPROCS: 64 on two cores
 				b.RunParallel(func(pb *testing.PB) {
-					c, err := net.Dial("tcp", strings.TrimPrefix(service.url, "http://"))
+					c, err := net.Dial("tcp", service.address)
 					if err != nil {
 						b.Error(err)
 						return

@@ -228,17 +228,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	defer listener.Close()
 	h := &health{store: s}
 	conns := newConnections(mostConnections(2*cfg.dbMaxConns+64), log) // a statement that is cancelled takes two
-	server := &http.Server{
-		Handler:           newHandler(cfg, s, h, log),
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       5*time.Second + cfg.requestTimeout,  // headers, then the body
-		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the answer
-		IdleTimeout:       120 * time.Second,
-		MaxHeaderBytes:    32 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-
-		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
-	}
+	server := newServer(cfg, newHandler(cfg, s, h, log), log)
 	if cert != nil {
 		server.TLSConfig = &tls.Config{GetCertificate: cert.get}
 	}
@@ -321,6 +311,21 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	log.Info("stopped")
 	return nil
+}
+
+// newServer returns the server of handler, for [listen].
+func newServer(cfg config, handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5*time.Second + cfg.requestTimeout,  // headers, then the body
+		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the answer
+		IdleTimeout:       120 * time.Second,
+		MaxHeaderBytes:    32 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else
+	}
 }
 
 // listen serves until the listener is closed. That is no error. conns gets to know
