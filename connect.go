@@ -124,7 +124,7 @@ type pqConn interface {
 // A conn is a connection of lib/pq that is looked at before it is used again.
 type conn struct {
 	pqConn
-	socket    net.Conn
+	socket    socket
 	connector *connector
 	age       int64
 	backend   backend // the zero backend where it is not known
@@ -165,30 +165,9 @@ func (c *conn) ResetSession(ctx context.Context) error {
 
 // isOver reports whether there is something to read on an idle connection: its
 // end, or what PostgreSQL says before it ends one.
-func isOver(c net.Conn) bool {
-	_, err := peek(c)
+func isOver(s socket) bool {
+	_, err := s.peek()
 	return err != syscall.EAGAIN
-}
-
-// peek returns how much has arrived on a connection that nobody has read, up to
-// one byte. It does not wait: [syscall.EAGAIN] is nothing yet, 0 without an
-// error is the end, and any other error is one, too.
-func peek(c net.Conn) (n int, err error) {
-	s, ok := c.(syscall.Conn)
-	if !ok {
-		return 0, errors.ErrUnsupported
-	}
-	raw, err := s.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var b [1]byte
-	if closed := raw.Control(func(fd uintptr) { // and not Read, which a deadline that is over would end
-		n, _, err = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-	}); closed != nil {
-		return 0, closed
-	}
-	return max(n, 0), err // recvfrom returns -1 with an error
 }
 
 // A dialer connects to PostgreSQL. Its connections give up on a server that is
@@ -196,8 +175,8 @@ func peek(c net.Conn) (n int, err error) {
 // swallows packets would otherwise hold a connection for a quarter of an hour.
 type dialer struct {
 	net.Dialer
-	patience time.Duration            // 0: no limit
-	last     atomic.Pointer[net.Conn] // the latest connection; to cancel statements, lib/pq dials at any time
+	patience time.Duration          // 0: no limit
+	last     atomic.Pointer[socket] // the latest connection; to cancel statements, lib/pq dials at any time
 }
 
 // DialTimeout completes [pq.Dialer]. lib/pq prefers DialContext.
@@ -212,11 +191,12 @@ func (d *dialer) DialContext(ctx context.Context, network, address string) (net.
 	if err != nil {
 		return nil, err
 	}
-	d.last.Store(&c)
+	s := newSocket(c)
+	d.last.Store(&s)
 	if d.patience == 0 {
-		return c, nil
+		return s, nil
 	}
-	return &impatientConn{socket: newSocket(c), patience: d.patience}, nil
+	return &impatientConn{socket: s, patience: d.patience}, nil
 }
 
 // An impatientConn limits how long a Read waits. lib/pq reads only when an
@@ -239,5 +219,5 @@ func (c *impatientConn) Read(p []byte) (int, error) {
 		c.counted = now
 		c.Conn.SetReadDeadline(now.Add(c.patience + time.Second/10))
 	}
-	return c.Conn.Read(p)
+	return c.socket.Read(p)
 }

@@ -12,11 +12,11 @@ import (
 
 // What the service knows of its connections. What it does with that is elsewhere:
 //
-//	socket.go    writes to them, and to those of PostgreSQL
-//	onewrite.go  sends each answer in one piece
-//	gone.go      sees whose caller has gone
-//	limits.go    keeps them to a number
-//	drain.go     ends them without failing a request
+//	socket_linux.go  reads and writes, as for those of PostgreSQL
+//	onewrite.go      sends each answer in one piece
+//	gone.go          sees whose caller has gone
+//	limits.go        keeps them to a number
+//	drain.go         ends them without failing a request
 
 // A connection is one of the server's; below TLS, if there is any.
 type connection struct {

@@ -55,7 +55,7 @@ func (cs *connections) hangUp(c *connection, readTimeout time.Duration, newToo b
 
 // unread reports whether bytes have arrived that nobody has read.
 func (c *connection) unread() bool {
-	n, err := peek(c.Conn)
+	n, err := c.peek()
 	return err == nil && n > 0
 }
 

@@ -49,7 +49,7 @@ func (c *connection) Read(p []byte) (int, error) {
 	if len(p) == 1 && c.waits.CompareAndSwap(true, false) {
 		return 0, nil
 	}
-	return c.Conn.Read(p)
+	return c.socket.Read(p)
 }
 
 // serving notes how to end the work for the request that is being served from now
@@ -76,7 +76,7 @@ func (c *connection) look() {
 	if c.end == nil {
 		return
 	}
-	n, err := peek(c.Conn)
+	n, err := c.peek()
 	switch gone := n == 0 && err != syscall.EAGAIN && err != errors.ErrUnsupported; {
 	case !gone:
 		c.gone = time.Time{}

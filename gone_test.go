@@ -117,7 +117,7 @@ func TestPeek(t *testing.T) {
 		"reset":  {func(c *net.TCPConn) error { c.SetLinger(0); return c.Close() }, 0, syscall.ECONNRESET},
 	} {
 		client, conn := connect(t)
-		if n, err := peek(conn); n != 0 || err != syscall.EAGAIN {
+		if n, err := newSocket(conn).peek(); n != 0 || err != syscall.EAGAIN {
 			t.Errorf("%s, before: %d, %v", name, n, err)
 		}
 		if err := tt.do(client); err != nil {
@@ -126,7 +126,7 @@ func TestPeek(t *testing.T) {
 		var n int
 		var err error
 		waitFor(t, "something to arrive", func() bool {
-			n, err = peek(conn)
+			n, err = newSocket(conn).peek()
 			return err != syscall.EAGAIN
 		})
 		if n != tt.wantN || err != tt.want {

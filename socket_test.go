@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -95,5 +96,48 @@ func TestSocketErrors(t *testing.T) {
 	}
 	if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "write" {
 		t.Errorf("when the peer has gone: %#v", err)
+	}
+}
+
+// TestSocketReads holds the same of reading.
+func TestSocketReads(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		before func(s socket, peer net.Conn)
+		want   error
+	}{
+		"an end":      {func(s socket, peer net.Conn) { peer.Close() }, io.EOF},
+		"a reset":     {func(s socket, peer net.Conn) { peer.(*net.TCPConn).SetLinger(0); peer.Close() }, syscall.ECONNRESET},
+		"a deadline":  {func(s socket, peer net.Conn) { s.SetReadDeadline(time.Unix(1, 0)) }, os.ErrDeadlineExceeded},
+		"when closed": {func(s socket, peer net.Conn) { s.Close() }, net.ErrClosed},
+	} {
+		for _, waits := range []bool{false, true} {
+			s, peer := socketPair(t)
+			if _, err := peer.Write([]byte("ab")); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, 2)
+			if n, err := s.Read(got[:1]); n != 1 || err != nil {
+				t.Fatalf("%s: %d, %v", name, n, err)
+			}
+			if n, err := io.ReadFull(s, got[1:]); n != 1 || err != nil || string(got) != "ab" {
+				t.Fatalf("%s: %q, %v", name, got, err)
+			}
+			if n, err := s.Read(nil); n != 0 || err != nil {
+				t.Errorf("nothing: %d, %v", n, err)
+			}
+			if waits {
+				time.AfterFunc(10*time.Millisecond, func() { tt.before(s, peer) })
+			} else {
+				tt.before(s, peer)
+			}
+			n, err := s.Read(got)
+			if n != 0 || !errors.Is(err, tt.want) {
+				t.Errorf("%s: %d, %v", name, n, err)
+			}
+			if op, ok := errors.AsType[*net.OpError](err); err != io.EOF && (!ok || op.Op != "read") {
+				t.Errorf("%s: %#v", name, err)
+			}
+		}
 	}
 }

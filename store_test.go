@@ -626,11 +626,11 @@ func TestIsOver(t *testing.T) {
 	t.Parallel()
 	c, server := connect(t)
 	c.SetReadDeadline(time.Unix(1, 0))
-	if isOver(c) {
+	if isOver(newSocket(c)) {
 		t.Error("an idle connection is over")
 	}
 	server.Close()
-	waitFor(t, "the end to be seen", func() bool { return isOver(c) })
+	waitFor(t, "the end to be seen", func() bool { return isOver(newSocket(c)) })
 }
 
 // The answer of a write is lost, and the next server can't tell what became of
