@@ -11,31 +11,11 @@ import (
 	"time"
 )
 
-// socketPair returns both ends of a connection, the first of them as a socket.
-func socketPair(t *testing.T) (socket, net.Conn) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	c, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	peer, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { peer.Close() })
-	return newSocket(c), peer
-}
-
 // TestSocketWaits writes more than there is room for, to a peer that reads later.
 func TestSocketWaits(t *testing.T) {
 	t.Parallel()
-	s, peer := socketPair(t)
+	c, peer := connect(t)
+	s := newSocket(c)
 	sent := bytes.Repeat([]byte("0123456789abcde\n"), 1<<20)
 	written := make(chan error, 1)
 	go func() {
@@ -58,7 +38,8 @@ func TestSocketWaits(t *testing.T) {
 // what has been sent.
 func TestSocketErrors(t *testing.T) {
 	t.Parallel()
-	s, peer := socketPair(t)
+	c, peer := connect(t)
+	s := newSocket(c)
 	if n, err := s.Write(nil); n != 0 || err != nil {
 		t.Errorf("nothing: %d, %v", n, err)
 	}
@@ -88,7 +69,8 @@ func TestSocketErrors(t *testing.T) {
 		t.Errorf("when closed: %v", err)
 	}
 
-	s, peer = socketPair(t)
+	c, peer = connect(t)
+	s = newSocket(c)
 	peer.Close()
 	err = nil
 	for until := time.Now().Add(patience); err == nil && time.Now().Before(until); {
@@ -112,7 +94,8 @@ func TestSocketReads(t *testing.T) {
 		"when closed": {func(s socket, peer net.Conn) { s.Close() }, net.ErrClosed},
 	} {
 		for _, waits := range []bool{false, true} {
-			s, peer := socketPair(t)
+			c, peer := connect(t)
+			s := newSocket(c)
 			if _, err := peer.Write([]byte("ab")); err != nil {
 				t.Fatal(err)
 			}
