@@ -336,42 +336,53 @@ func holds(list, version string) bool {
 }
 
 // parsePreconditions reads the two fields. A tag that can't be one of ours
-// matches nothing, and so does anything that is not a tag at all: a request
-// with a broken If-Match fails rather than overwrite what it meant to protect.
+// matches nothing, and so does anything that is no list of tags: a request with a
+// broken If-Match fails rather than overwrite what it meant to protect.
 func parsePreconditions(h http.Header) (p preconditions) {
 	if fields := h["If-Match"]; len(fields) > 0 {
-		if list := parseTags(fields, false); list != "*" { // which every user matches
+		if list := strings.Join(parseTags(fields, false), ","); list != "*" { // which every user matches
 			p.match = &list
 		}
 	}
 	if fields := h["If-None-Match"]; len(fields) > 0 {
-		list := parseTags(fields, true)
+		list := strings.Join(parseTags(fields, true), ",")
 		p.noneMatch = &list
 	}
 	return p
 }
 
-// parseTags returns the versions of a list of entity tags, separated by
-// commas, or "*". If-None-Match compares weakly, so W/ doesn't count there;
-// for If-Match a weak tag never matches (RFC 9110, section 8.8.3.2).
-func parseTags(fields []string, weak bool) string {
-	var versions []string
-	for _, field := range fields {
-		for tag := range strings.SplitSeq(field, ",") { // a comma within a tag can't be in ours
-			tag = strings.TrimSpace(tag)
-			if tag == "*" {
-				return "*"
-			}
-			if weak {
-				tag = strings.TrimPrefix(tag, "W/")
-			}
-			if len(tag) > 2 && len(tag) <= 22 && tag[0] == '"' && tag[len(tag)-1] == '"' &&
-				strings.Trim(tag[1:len(tag)-1], "-0123456789") == "" {
-				versions = append(versions, tag[1:len(tag)-1])
-			}
-		}
+// parseTags returns the versions in a list of entity tags, "*" alone for a field
+// that is just that, and none for what is no such list (RFC 9110, sections 5.6.1,
+// 8.8.3 and 13.1.1; several lines are one list by section 5.3). If-None-Match
+// compares weakly, so W/ doesn't count there; for If-Match a weak tag never
+// matches (section 8.8.3.2).
+func parseTags(fields []string, weak bool) (versions []string) {
+	const space = " \t"
+	rest := strings.Trim(strings.Join(fields, ", "), space)
+	if rest == "*" {
+		return []string{rest}
 	}
-	return strings.Join(versions, ",")
+	for {
+		if tag, isWeak := strings.CutPrefix(rest, "W/"); isWeak || strings.HasPrefix(rest, `"`) { // else it is an empty element
+			tag, opened := strings.CutPrefix(tag, `"`)
+			tag, after, closed := strings.Cut(tag, `"`)
+			if !opened || !closed || strings.ContainsFunc(tag, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+				return nil
+			}
+			if _, err := strconv.ParseInt(tag, 10, 64); err == nil && (weak || !isWeak) { // no other can be one of ours
+				versions = append(versions, tag)
+			}
+			rest = strings.TrimLeft(after, space)
+		}
+		if rest == "" {
+			return versions
+		}
+		after, ok := strings.CutPrefix(rest, ",")
+		if !ok {
+			return nil
+		}
+		rest = strings.TrimLeft(after, space)
+	}
 }
 
 // newUUID returns a new UUID of version 7 (RFC 9562, section 5.7): the time in
