@@ -146,17 +146,24 @@ func observe(log *slog.Logger, next http.Handler) http.Handler {
 		}
 		defer logAccess(log, x, r, start) // deferred: an aborted answer is logged too
 		next.ServeHTTP(x, r)
+		if w, ok := w.(interface{ FlushError() error }); ok && x.status != 0 {
+			// What net/http still holds goes out now: else the log could not tell of a
+			// connection that breaks.
+			x.cause = cmp.Or(x.cause, w.FlushError())
+		}
 	})
 }
 
 // logAccess writes the one line of a request, at a level that follows the
-// outcome. No query, no header and no body gets into it.
+// outcome: ERROR for a 5xx or no answer at all, WARN for a 4xx and for an answer
+// that did not get through, whatever its status, else INFO. No query, no header
+// and no body gets into it.
 func logAccess(log *slog.Logger, x *exchange, r *http.Request, start time.Time) {
 	level := slog.LevelInfo
 	switch {
 	case x.status >= 500 || x.status == 0:
 		level = slog.LevelError
-	case x.status >= 400:
+	case x.status >= 400 || x.cause != nil:
 		level = slog.LevelWarn
 	}
 	if !log.Enabled(r.Context(), level) {

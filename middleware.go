@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -54,15 +55,17 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 			if v == nil {
 				return
 			}
+			x := exchangeOf(w)
+			err := fmt.Errorf("panic: %v", v)
+			x.cause = cmp.Or(x.cause, err) // why the response is cut off, if it is
 			if v == http.ErrAbortHandler { // somebody wants just that
 				panic(v)
 			}
-			x := exchangeOf(w)
 			log.Error("panic", "value", fmt.Sprint(v), "request_id", x.id, "stack", string(debug.Stack()))
 			if x.status != 0 {
 				panic(http.ErrAbortHandler)
 			}
-			writeError(w, r, fmt.Errorf("panic: %v", v))
+			writeError(w, r, err)
 		}()
 		next.ServeHTTP(w, r)
 	})

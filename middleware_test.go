@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -570,8 +571,12 @@ func TestRecoverPanics(t *testing.T) {
 				t.Errorf("goes on as %v; want the abort: %t", v, tt.again)
 			}
 			s := &service{t: t, log: buffer}
-			if line := findLine(t, s, withID("panic-2")); line["status"] != float64(tt.status) {
-				t.Errorf("logged %v; want status %d", line, tt.status)
+			line, level := findLine(t, s, withID("panic-2")), "ERROR"
+			if tt.status != 0 && tt.status < 500 { // it has been sent, but is no success
+				level = "WARN"
+			}
+			if line["status"] != float64(tt.status) || line["level"] != level || !strings.HasPrefix(fmt.Sprint(line["error"]), "panic: ") {
+				t.Errorf("logged %v; want status %d at %s, and the panic", line, tt.status, level)
 			}
 			if tt.status != 0 && w.Code != tt.status || w.Body.String() != tt.lasting {
 				t.Errorf("%d %q; want %d %q", w.Code, w.Body, tt.status, tt.lasting)
@@ -589,6 +594,45 @@ func TestRecoverPanics(t *testing.T) {
 				t.Errorf("the caller sees %s", w.Body)
 			}
 		})
+	}
+}
+
+// A client that is gone when its response is written has got none: the log does
+// not call that a success, be the response short, long, or sent by TLS.
+func TestBrokenResponseIsLogged(t *testing.T) {
+	t.Parallel()
+	for _, secure := range []bool{false, true} {
+		var env []string
+		if secure {
+			certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
+			env = []string{"TLS_CERT_FILE=" + certFile, "TLS_KEY_FILE=" + keyFile}
+		}
+		s := newService(t, env...)
+		mustExec(t, s.db, "INSERT INTO users (id, email, name) SELECT gen_random_uuid(), i || '@example.com', 'x' FROM generate_series(1, 1000) i")
+		for _, query := range []string{"?email=1@example.com", "?limit=20", "?limit=1000"} {
+			t.Run(fmt.Sprintf("TLS %t %s", secure, query), func(t *testing.T) {
+				tx := begin(t, s.db, "LOCK TABLE users")
+				tcp, err := net.Dial("tcp", s.url[strings.Index(s.url, "//")+2:])
+				if err != nil {
+					t.Fatal(err)
+				}
+				conn := net.Conn(tcp)
+				if secure {
+					conn = tls.Client(tcp, &tls.Config{InsecureSkipVerify: true})
+				}
+				fmt.Fprintf(conn, "GET /api/v1/users%s HTTP/1.1\r\nHost: rollcall\r\n\r\n", query)
+				waitFor(t, "the request to wait for the lock", func() bool {
+					return count(t, s.db, "SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted") > 0
+				})
+				tcp.(*net.TCPConn).SetLinger(0) // a reset: nothing gets through any more
+				tcp.Close()
+				tx.Rollback()
+				line := findLine(t, s, func(line map[string]any) bool { return line["remote"] == tcp.LocalAddr().String() })
+				if line["level"] != "WARN" || line["error"] == nil {
+					t.Errorf("logged %v; want WARN, and the reason", line)
+				}
+			})
+		}
 	}
 }
 
