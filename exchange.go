@@ -104,9 +104,14 @@ func (x *exchange) write(p []byte) (int, error) {
 
 // begin notes the status, just before the head of the answer goes out. That is the
 // moment to see whether the service is to stop: it may have begun while the
-// request was being served.
+// request was being served. And whether there is an ETag to ask by again: only
+// such an answer may be kept (RFC 9111, section 5.2.2).
 func (x *exchange) begin(status int) {
 	x.status = status
+	x.Header()["Cache-Control"] = noStore
+	if x.Header()["Etag"] != nil {
+		x.Header()["Cache-Control"] = noCache
+	}
 	if x.draining != nil && x.draining.Load() {
 		x.Header()["Connection"] = closing
 	}

@@ -16,6 +16,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -28,9 +29,12 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 )
 
 func main() {
@@ -390,8 +394,33 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 	if cfg.logFormat == "text" {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(slog.NewJSONHandler(printableWriter{w}, options))
 }
+
+// A printableWriter escapes what is not printable in a line of JSON: what anybody
+// may put into a path must not move the cursor of a terminal, or turn the letters
+// around. slog does so in text, but of JSON only what RFC 8259 demands.
+type printableWriter struct{ io.Writer }
+
+func (w printableWriter) Write(line []byte) (int, error) {
+	escaped := line
+	if bytes.ContainsFunc(line, notPrintable) {
+		escaped = nil
+		for _, r := range string(line) {
+			if !notPrintable(r) {
+				escaped = utf8.AppendRune(escaped, r)
+				continue
+			}
+			for _, unit := range utf16.AppendRune(nil, r) {
+				escaped = fmt.Appendf(escaped, `\u%04x`, unit)
+			}
+		}
+	}
+	_, err := w.Writer.Write(escaped)
+	return len(line), err
+}
+
+func notPrintable(r rune) bool { return r > '~' && !strconv.IsPrint(r) }
 
 // buildVersion tells which source the program was built from, as far as the
 // build information knows.

@@ -40,9 +40,11 @@ import (
 var (
 	nosniff  = []string{"nosniff"}
 	anybody  = []string{"*"}
-	exposed  = []string{"ETag, Link, Location, Retry-After, X-Request-Id"}
+	exposed  = []string{"ETag, Link, Location, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, X-Request-Id"}
 	jsonType = []string{"application/json"}
 	closing  = []string{"close"}
+	noStore  = []string{"no-store"}
+	noCache  = []string{"private, no-cache"} // a browser may keep it, and has to ask each time
 )
 
 // recoverPanics turns a panic into a 500, its stack into the log. If a part of

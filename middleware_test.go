@@ -11,10 +11,12 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 )
 
 // A rawConn is a connection on which a test may say what no client would.
@@ -126,6 +128,8 @@ func bearer(subject string) string {
 	return "Authorization: Bearer " + mintToken([]byte(middlewareSecret), grant{subject: subject, ttl: time.Hour}, time.Now())
 }
 
+const exposedFields = "ETag, Link, Location, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, X-Request-Id"
+
 // The order of the layers, told from outside by who answers first.
 
 func TestOrderPreflightNeedsNoToken(t *testing.T) {
@@ -187,7 +191,8 @@ func TestOrderOutermostLayers(t *testing.T) {
 				"X-Request-Id":                  id,
 				"X-Content-Type-Options":        "nosniff",
 				"Access-Control-Allow-Origin":   "*",
-				"Access-Control-Expose-Headers": "ETag, Link, Location, Retry-After, X-Request-Id",
+				"Access-Control-Expose-Headers": exposedFields,
+				"Cache-Control":                 "no-store",
 			} {
 				if got := a.header.Values(name); len(got) != 1 || got[0] != want {
 					t.Errorf("%s %q; want %q once", name, got, want)
@@ -509,7 +514,7 @@ func TestCORS(t *testing.T) {
 			expect("Access-Control-Allow-Headers", only(tt.methods,
 				"Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, X-Request-Id, Traceparent"))
 			expect("Access-Control-Max-Age", only(tt.methods, "7200"))
-			expect("Access-Control-Expose-Headers", only(tt.exposed, "ETag, Link, Location, Retry-After, X-Request-Id"))
+			expect("Access-Control-Expose-Headers", only(tt.exposed, exposedFields))
 			expect("Access-Control-Allow-Credentials", "")
 			expect("Vary", only(tt.vary, "Origin"))
 		})
@@ -594,6 +599,79 @@ func TestRecoverPanics(t *testing.T) {
 				t.Errorf("the caller sees %s", w.Body)
 			}
 		})
+	}
+}
+
+// No cache keeps anything of a response but what has an ETag, and that only to ask
+// for it again.
+func TestCacheControl(t *testing.T) {
+	t.Parallel()
+	s := newService(t, withAuth...)
+	alice := bearer("alice")
+	made := s.call("POST", usersPath, `{"email":"ada@example.com","name":"Ada"}`, alice)
+	path, tag := made.header.Get("Location"), made.header.Get("ETag")
+	mustExec(t, s.db, "INSERT INTO users (id, email, name) SELECT gen_random_uuid(), i || '@example.com', 'x' FROM generate_series(1, 20) i")
+	if got := made.header.Values("Cache-Control"); len(got) != 1 || got[0] != "private, no-cache" {
+		t.Errorf("create: %q", got)
+	}
+	for _, test := range []struct {
+		method, path, body string
+		fields             []string
+		status             int
+	}{
+		{"GET", path, "", []string{alice}, 200},
+		{"HEAD", path, "", []string{alice}, 200},
+		{"GET", path, "", []string{alice, "If-None-Match: " + tag}, 304},
+		{"GET", path, "", []string{alice, `If-Match: "1"`}, 412},
+		{"GET", path, "", nil, 401},
+		{"PUT", path, `{"name":"Countess"}`, []string{alice}, 200},
+		{"PUT", path, `{"name":""}`, []string{alice}, 400},
+		{"PUT", path, `{"name":"x"}`, []string{alice, `If-Match: "1"`}, 412},
+		{"POST", usersPath, `{"email":"ada@example.com","name":"Ada"}`, []string{alice}, 409},
+		{"GET", usersPath, "", []string{alice}, 200},
+		{"GET", usersPath, "", []string{alice, "Accept-Encoding: gzip"}, 200},
+		{"OPTIONS", usersPath, "", []string{alice}, 204},
+		{"OPTIONS", usersPath, "", []string{"Origin: https://app.example", "Access-Control-Request-Method: GET"}, 204},
+		{"TRACE", usersPath, "", []string{alice}, 405},
+		{"GET", "/health", "", nil, 200},
+		{"GET", "/health/ready", "", nil, 200},
+		{"GET", "/nothing", "", nil, 404},
+		{"DELETE", path, "", []string{alice}, 200},
+		{"GET", path, "", []string{alice}, 404},
+	} {
+		a := s.call(test.method, test.path, test.body, test.fields...)
+		want := "no-store"
+		if a.header.Get("ETag") != "" {
+			want = "private, no-cache"
+		}
+		if got := a.header.Values("Cache-Control"); a.status != test.status || len(got) != 1 || got[0] != want ||
+			(want == "no-store") != (test.method == "DELETE" || test.path != path || test.status >= 400) {
+			t.Errorf("%s %s: %d, Cache-Control %q; want %d, %q", test.method, test.path, a.status, got, test.status, want)
+		}
+	}
+}
+
+// What turns letters around, breaks lines or moves a terminal's cursor is escaped
+// in the log, whichever field it comes in by.
+func TestLogIsPrintable(t *testing.T) {
+	t.Parallel()
+	s := newService(t, withAuth...)
+	var odd strings.Builder
+	for _, r := range []rune{0x7f, 0x80, 0x85, 0x9b, 0x9f, 0xad, 0x61c, 0x200b, 0x200e, 0x200f, 0x2028, 0x2029, 0x202a, 0x202e, 0x2066, 0x2069, 0xfeff, 0xe0041} {
+		odd.WriteRune(r)
+	}
+	s.call("GET", usersPath+"/é"+url.PathEscape(odd.String()), "", bearer("😀"+odd.String()))
+	line := findLine(t, s, func(line map[string]any) bool { return line["path"] == usersPath+"/é"+odd.String() })
+	if line["sub"] != "😀"+odd.String() {
+		t.Errorf("the subject is logged as %q", line["sub"])
+	}
+	for _, r := range s.log.String() {
+		if r != '\n' && !unicode.IsPrint(r) {
+			t.Errorf("%U is in the log as it is", r)
+		}
+	}
+	if !strings.Contains(s.log.String(), "/é") || !strings.Contains(s.log.String(), "😀") {
+		t.Errorf("what is printable is escaped: %s", s.log)
 	}
 }
 
