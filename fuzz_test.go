@@ -91,8 +91,10 @@ func FuzzContentType(f *testing.F) {
 		if again := isJSON([]string{capitals(field)}); again != got {
 			t.Errorf("%q is JSON: %t, but %t in capitals", field, got, again)
 		}
-		if !strings.Contains(field, ";") && isJSON([]string{field + "; charset=utf-8"}) != got {
-			t.Errorf("%q is JSON: %t, but not so with a parameter", field, got)
+		for _, parameters := range []string{"; charset=utf-8", ";", `;a="b;c`} {
+			if isJSON([]string{field + parameters}) != got || isJSON([]string{name + parameters}) != got {
+				t.Errorf("%q is JSON: %t, but not so with the parameters %q", field, got, parameters)
+			}
 		}
 	})
 }

@@ -219,7 +219,7 @@ func readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 }
 
 // isJSON reports whether a Content-Type field is application/json or a type
-// with the suffix +json (RFC 6839). Parameters don't matter.
+// with the suffix +json (RFC 6839). Parameters don't matter, not even broken ones.
 func isJSON(field []string) bool {
 	if len(field) != 1 {
 		return false
@@ -227,9 +227,9 @@ func isJSON(field []string) bool {
 	if field[0] == "application/json" {
 		return true
 	}
-	mediaType, _, err := mime.ParseMediaType(field[0])
-	return (err == nil || errors.Is(err, mime.ErrInvalidMediaParameter)) &&
-		(mediaType == "application/json" || strings.Contains(mediaType, "/") && strings.HasSuffix(mediaType, "+json"))
+	name, _, _ := strings.Cut(field[0], ";")
+	mediaType, _, err := mime.ParseMediaType(name)
+	return err == nil && (mediaType == "application/json" || strings.Contains(mediaType, "/") && strings.HasSuffix(mediaType, "+json"))
 }
 
 // appendJSONString appends s, which is UTF-8, as a JSON string: only what RFC

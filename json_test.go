@@ -315,6 +315,8 @@ func TestReadJSONMediaType(t *testing.T) {
 		{"with a charset that JSON does not have", []string{"application/json; charset=utf-16"}, 200},
 		{"with a semicolon and nothing", []string{"application/json;"}, 200},
 		{"with a broken parameter", []string{"application/json; charset"}, 200},
+		{"with a parameter given twice", []string{"application/json; charset=utf-8; charset=UTF-8"}, 200},
+		{"with a parameter that holds another type", []string{`application/json; profile="text/plain;`}, 200},
 		{"with spaces around", []string{" application/json "}, 200},
 		{"of the suffix +json", []string{"application/merge-patch+json"}, 200},
 		{"of the suffix, with a parameter", []string{"application/vnd.api+json; v=1"}, 200},

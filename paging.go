@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,14 +24,24 @@ type listQuery struct {
 }
 
 // parseListQuery reads the query of a request for the list. Parameters that it
-// does not know are ignored; the failure names the one that is wrong.
+// does not know are ignored, well formed or not; the failure names the one that
+// is wrong.
 func parseListQuery(query string) (q listQuery, err error) {
 	q.limit = 20
-	values, err := url.ParseQuery(query)
-	if err != nil {
-		return q, invalid("the query is not well formed")
+	names := []string{"limit", "offset", "cursor", "email"}
+	values := make(url.Values)
+	for parameter := range strings.SplitSeq(query, "&") {
+		name, _, _ := strings.Cut(parameter, "=")
+		if name, err = url.QueryUnescape(name); err != nil || !slices.Contains(names, name) {
+			continue
+		}
+		one, err := url.ParseQuery(parameter)
+		if err != nil { // a stray % or ;
+			return q, invalid(name + " is not well formed")
+		}
+		values[name] = append(values[name], one.Get(name))
 	}
-	for _, name := range []string{"limit", "offset", "cursor", "email"} {
+	for _, name := range names {
 		given, ok := values[name]
 		if !ok {
 			continue

@@ -7,6 +7,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -424,6 +426,9 @@ func TestListQuery(t *testing.T) {
 		{"?email=nobody@example.com", nil, false},
 		{"?email=%25", nil, false},
 		{"?unknown=1&unknown=2", newest[:20], true},
+		{"?q=100%&limit=1", newest[:1], true},
+		{"?q=a;b&%=x&limit=1&utm;limit=7", newest[:1], true},
+		{"?&=&;&limi%zz=9&li%6Dit=1", newest[:1], true},
 	} {
 		t.Run(test.query, func(t *testing.T) {
 			a := s.call("GET", usersPath+test.query, "")
@@ -464,8 +469,11 @@ func TestListQuery(t *testing.T) {
 		{"cursor=" + damaged, "cursor is damaged: follow the Link of the page before as it is"},
 		{"cursor=" + cursor + "&offset=0", "cursor goes with neither offset nor email"},
 		{"cursor=" + cursor + "&email=a", "cursor goes with neither offset nor email"},
-		{"limit=%zz", "the query is not well formed"},
-		{"limit=1;offset=1", "the query is not well formed"},
+		{"limit=%zz", "limit is not well formed"},
+		{"li%6dit=%zz", "limit is not well formed"},
+		{"limit=1;offset=1", "limit is not well formed"},
+		{"email=a%", "email is not well formed"},
+		{"limit=1&limit=%", "limit is not well formed"},
 	} {
 		t.Run(test.query, func(t *testing.T) {
 			wantError(t, s.call("GET", usersPath+"?"+test.query, ""), 400, "Validation error: "+test.message)
@@ -740,8 +748,17 @@ func FuzzCursor(f *testing.F) {
 func FuzzListQuery(f *testing.F) {
 	f.Add("limit=10&offset=5")
 	f.Add("email=a%40b&cursor=x")
+	f.Add("limit=5&q=100%")
+	f.Add("%;=a&li%6dit=1;&&=")
 	f.Fuzz(func(t *testing.T, query string) {
 		q, err := parseListQuery(query)
+		// net/url drops what is malformed, and reads the rest in the same way.
+		values, malformed := url.ParseQuery(query)
+		if again, err2 := parseListQuery(values.Encode()); err == nil && (err2 != nil || !reflect.DeepEqual(q, again)) {
+			t.Errorf("%q: %+v, but as %q: %+v, %v", query, q, values.Encode(), again, err2)
+		} else if err != nil && malformed == nil && err2 == nil {
+			t.Errorf("%q: %v, but as %q it is %+v", query, err, values.Encode(), again)
+		}
 		if err == nil && (q.limit < 0 || q.limit > 1000 || q.offset < 0 || q.after != nil && q.offset != 0) {
 			t.Errorf("%q: %+v", query, q)
 		}
