@@ -149,11 +149,11 @@ func mustKey(t testing.TB, material any) key {
 // mustJWK reads a file that holds one JWK.
 func mustJWK(t testing.TB, text string) key {
 	t.Helper()
-	keys, err := parseKeyFile([]byte(text))
+	set, err := parseKeyFile([]byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return keys[0]
+	return set.keys[0]
 }
 
 func mustDecode64(t testing.TB, s string) []byte {
@@ -865,8 +865,11 @@ func keyFileTests(t testing.TB) []keyFileTest {
 		{"neither set nor key", `{"jwks":[]}`, "", "not a JSON Web Key Set: it has neither keys nor kty"},
 		{"keys twice", `{"keys":[],"keys":[` + rfcKeyP256 + `]}`, "", "not a JSON Web Key Set: a member is given twice"},
 		{"keys an object", `{"keys":{}}`, "", "not a JSON Web Key Set: keys is not an array"},
-		{"keys null", `{"keys":null}`, "", "not a JSON Web Key Set: keys is not an array"},
-		{"a key that is no object", set(`null`), "", `key 1 (kid ""): a JSON object is expected`},
+		{"keys null", `{"keys":null}`, "", "not a JSON Web Key Set: it has neither keys nor kty"},
+		{"keys null beside a key", jwkWith(rfcKeyP256, `"keys":null`), "ES256", ""},
+		{"a key that is no object", set(`1`), "", `key 1 (kid ""): a JSON object is expected`},
+		{"a null, passed over", set(`null`, rfcKeyP256, ` null `), "ES256", ""},
+		{"nothing but a null", set(`null`), "", "no key in it can check a signature: key 1 is null"},
 		{"every broken key is named", set(`{"kty":"RSA","kid":"a"}`, rfcKeyP256, `{"kty":"EC","kid":"c"}`), "", `key 1 (kid "a"): n is missing; key 3 (kid "c"): crv is missing`},
 		{"kty missing", set(`{"kid":"a"}`), "", `key 1 (kid "a"): kty is missing`},
 		{"kty a number", set(`{"kty":1}`), "", "kty is not a string"},
@@ -880,8 +883,10 @@ func keyFileTests(t testing.TB) []keyFileTest {
 		{"alg of another curve", jwkWith(rfcKeyP256, `"alg":"ES384"`), "", `alg is "ES384", and the key takes ES256`},
 		{"alg of a secret", jwkWith(rfcKeyRSA, `"alg":"HS256"`), "", `alg is "HS256"`},
 		{"alg none", jwkWith(rfcKeyRSA, `"alg":"none"`), "", `alg is "none"`},
-		{"alg null", jwkWith(rfcKeyRSA, `"alg":null`), "", "alg is not a string"},
-		{"use null", jwkWith(rfcKeyRSA, `"use":null`), "", "use is not a string"},
+		{"null is absent", jwkWith(rfcKeyRSA, `"d":null,"alg":null,"use":null,"key_ops":null,"kid":null`), anyRSA, ""},
+		{"kty null", set(`{"kty":null}`), "", "kty is missing"},
+		{"e null", `{"kty":"RSA","n":"AQAB","e":null}`, "", "e is missing"},
+		{"null and a private key", jwkWith(rfcKeyRSA, `"d":null,"d":"AQAB"`), "", "a member is given twice"},
 		{"key_ops a string", jwkWith(rfcKeyRSA, `"key_ops":"verify"`), "", "key_ops is not an array of strings"},
 		{"n padded", strings.Replace(rfcKeyRSA, `poQ"`, `poQ=="`, 1), "", "n is not unpadded base64url"},
 		{"n of 2047 bits", rsaText(modulus(2047), "AQAB"), "", "the RSA modulus has 2047 bits, it takes 2048 to 16384"},
@@ -916,7 +921,7 @@ func TestKeyFile(t *testing.T) {
 			if err := os.WriteFile(path, []byte(tt.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			keys, err := readKeyFile(path)
+			set, err := readKeyFile(path)
 			if tt.err != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.err) {
 					t.Fatalf("error %v, want %s", err, tt.err)
@@ -930,7 +935,7 @@ func TestKeyFile(t *testing.T) {
 				t.Fatal(err)
 			}
 			var got []string
-			for _, k := range keys {
+			for _, k := range set.keys {
 				got = append(got, strings.Join(k.algorithms, " "))
 			}
 			if joined := strings.Join(got, ", "); joined != tt.want {
@@ -944,6 +949,26 @@ func TestKeyFileMissing(t *testing.T) {
 	t.Parallel()
 	if _, err := readKeyFile(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A key set as libraries write it, with null for what is not there, lets its tokens
+// in; a null among the keys is told of, and no more.
+func TestServiceWithNullInItsKeys(t *testing.T) {
+	t.Parallel()
+	signer := tokenSigners()["P-256"]
+	path := filepath.Join(t.TempDir(), "keys.json")
+	text := `{"keys":[null,` + jwkWith(jwkText(t, signer.Public()), `"d":null,"alg":null,"use":null,"kid":null`) + `]}`
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := newService(t, "AUTH=jwt", "JWT_PUBLIC_KEY_FILE="+path)
+	token := signToken(t, signer, "ES256", `{"alg":"ES256"}`, fmt.Sprintf(`{"exp":%d}`, time.Now().Add(time.Hour).Unix()))
+	if a := s.call("GET", usersPath, "", "Authorization: Bearer "+token); a.status != 200 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	if line := s.waitLog("JWT_PUBLIC_KEY_FILE: a key is passed over"); line["level"] != "WARN" || line["error"] != "key 1 is null" {
+		t.Errorf("logged %v", line)
 	}
 }
 
@@ -1008,11 +1033,11 @@ func FuzzKeyFile(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		keys, err := parseKeyFile(data)
-		if (err == nil) != (len(keys) > 0) {
-			t.Fatalf("%d keys and the error %v", len(keys), err)
+		set, err := parseKeyFile(data)
+		if (err == nil) != (len(set.keys) > 0) {
+			t.Fatalf("%d keys and the error %v", len(set.keys), err)
 		}
-		for _, k := range keys {
+		for _, k := range set.keys {
 			if len(k.algorithms) == 0 {
 				t.Error("a key that takes no algorithm")
 			}

@@ -27,11 +27,12 @@ type config struct {
 	host string // where to listen: an IP address without brackets, or a host name
 	port int    // 0 takes a free one
 
-	authOff   bool   // the API is open to everyone
-	keys      []key  // what a token may be signed with; at least one unless authOff
-	jwtSecret []byte // signs what "rollcall token" prints; nil when there is none
-	issuer    string // the iss that a token must have; empty means any
-	audience  string // the aud that a token must have; empty means any
+	authOff     bool    // the API is open to everyone
+	keys        []key   // what a token may be signed with; at least one unless authOff
+	ignoredKeys []error // those of JWT_PUBLIC_KEY_FILE that are not among keys, and why
+	jwtSecret   []byte  // signs what "rollcall token" prints; nil when there is none
+	issuer      string  // the iss that a token must have; empty means any
+	audience    string  // the aud that a token must have; empty means any
 
 	corsOrigins []string // who may call from a browser; nil means every origin
 
@@ -227,11 +228,11 @@ func (c *config) setSecret(v string) error {
 }
 
 func (c *config) setKeyFile(path string) error {
-	keys, err := readKeyFile(path)
+	set, err := readKeyFile(path)
 	if err != nil {
 		return fmt.Errorf("is no file of public keys: %w", err)
 	}
-	c.keys = append(c.keys, keys...)
+	c.keys, c.ignoredKeys = append(c.keys, set.keys...), set.ignored
 	return nil
 }
 

@@ -159,37 +159,38 @@ func coordinateBytes(curve elliptic.Curve) int { return (curve.Params().BitSize 
 // readKeyFile reads the public keys of a PEM file or a JSON Web Key Set. One
 // broken key refuses the file: whoever starts the service can mend it, and a
 // key that was quietly left out would show only later, as a 401.
-func readKeyFile(path string) ([]key, error) {
+func readKeyFile(path string) (keySet, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return keySet{}, err
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxKeyFileBytes+1))
 	if err != nil {
-		return nil, err
+		return keySet{}, err
 	}
 	return parseKeyFile(data)
 }
 
 // parseKeyFile is [readKeyFile] for a file that has been read.
-func parseKeyFile(data []byte) ([]key, error) {
+func parseKeyFile(data []byte) (set keySet, err error) {
 	if len(data) > maxKeyFileBytes {
-		return nil, fmt.Errorf("the file is larger than %d bytes", maxKeyFileBytes)
+		return keySet{}, fmt.Errorf("the file is larger than %d bytes", maxKeyFileBytes)
 	}
 	if !bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")) {
-		return parsePEM(data)
+		set.keys, err = parsePEM(data)
+		return set, err
 	}
-	set, err := parseJWKS(data)
+	set, err = parseJWKS(data)
 	switch {
 	case err != nil:
-		return nil, err
+		return keySet{}, err
 	case len(set.broken) > 0:
-		return nil, joinLine(set.broken)
+		return keySet{}, joinLine(set.broken)
 	case len(set.keys) == 0:
-		return nil, fmt.Errorf("no key in it can check a signature: %w", joinLine(set.ignored))
+		return keySet{}, fmt.Errorf("no key in it can check a signature: %w", joinLine(set.ignored))
 	}
-	return set.keys, nil
+	return set, nil
 }
 
 // joinLine is [errors.Join] in one line, as a mistake in the configuration is reported.
@@ -256,15 +257,19 @@ func parseBlock(block *pem.Block) (key, error) {
 type keySet struct {
 	keys    []key
 	broken  []error // those to be told about
-	ignored []error // those for another purpose: RFC 7517, section 5, has them passed over
+	ignored []error // those for another purpose, or null: RFC 7517, section 5, has them passed over
 }
 
 // parseJWKS reads a JSON Web Key Set, or one JSON Web Key by itself (RFC 7517).
-// It fails when data is neither; what a broken key means, the caller decides.
+// It fails when data is neither; what a broken key means, the caller decides. A
+// member that is null counts as absent: some libraries write all that they know of.
 func parseJWKS(data []byte) (set keySet, err error) {
 	var members []json.RawMessage
 	isSet, isKey := false, false
 	err = walkUniqueObject(data, func(name string, value []byte) error {
+		if string(value) == "null" {
+			return nil
+		}
 		isKey = isKey || name == "kty"
 		if name == "keys" {
 			isSet = true
@@ -285,6 +290,10 @@ func parseJWKS(data []byte) (set keySet, err error) {
 		members = []json.RawMessage{data}
 	}
 	for i, member := range members {
+		if string(member) == "null" {
+			set.ignored = append(set.ignored, fmt.Errorf("key %d is null", i+1))
+			continue
+		}
 		k, err := parseJWK(member)
 		if err != nil {
 			err = fmt.Errorf("key %d (kid %.64q): %w", i+1, k.id, err)
@@ -308,7 +317,9 @@ var errForeignKey = errors.New("not a key for signatures that this service knows
 func parseJWK(data []byte) (key, error) {
 	j := &jwk{members: make(map[string][]byte)}
 	j.err = walkUniqueObject(data, func(name string, value []byte) error {
-		j.members[name] = value
+		if string(value) != "null" {
+			j.members[name] = value
+		}
 		return nil
 	})
 	var id string
