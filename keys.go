@@ -56,8 +56,13 @@ type key struct {
 // one: not even an [ed25519.PublicKey], which is a []byte underneath as well.
 type hmacSecret []byte
 
-// secretKey returns the key of tokens that are signed with a shared secret.
+// secretKey returns the key of tokens that are signed with a shared secret. One that
+// ends with a line break was read from a file with it: whoever else signs or checks
+// with this secret hardly does that.
 func secretKey(secret []byte) (key, error) {
+	if bytes.HasSuffix(secret, []byte("\n")) || bytes.HasSuffix(secret, []byte("\r")) {
+		return key{}, errors.New("the secret ends with a line break; it takes one without")
+	}
 	if len(secret) < minSecretBytes {
 		return key{}, fmt.Errorf("the secret has %d bytes, it takes at least %d", len(secret), minSecretBytes)
 	}

@@ -47,10 +47,14 @@ func main() {
 	ctx, stop := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // else nohup has it outlive its terminal
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
 		stop(fmt.Errorf("signal: %v", <-signals))
-		<-signals // who asks twice does not want to wait
-		os.Exit(1)
+		for <-signals == syscall.SIGHUP { // a terminal that closes may say so twice
+		}
+		os.Exit(1) // who asks twice does not want to wait
 	}()
 
 	getenv, err := withDotenv(os.Getenv, ".env")

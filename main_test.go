@@ -117,6 +117,8 @@ func TestExitCodes(t *testing.T) {
 		{"token", "token -sub alice", map[string]string{"JWT_SECRET": secret}, 0, `^eyJ[\w-]+\.[\w-]+\.[\w-]+\n$`, `^$`},
 		{"token without secret", "token -sub alice", nil, 2, `^$`, `JWT_SECRET is not set`},
 		{"token with a short secret", "token -sub alice", map[string]string{"JWT_SECRET": "tooshort"}, 2, `^$`, `JWT_SECRET: .*32`},
+		{"token with a secret and its line break", "token -sub alice", map[string]string{"JWT_SECRET": secret + "\n"}, 2, `^$`, `^rollcall: JWT_SECRET: [^\n]*ends with a line break[^\n]*\n$`},
+		{"a secret with its line break", "", map[string]string{"DATABASE_URL": "dbname=x", "JWT_SECRET": secret + "\r\n"}, 2, `^$`, `^rollcall: JWT_SECRET: [^\n]*ends with a line break[^\n]*\n$`},
 		{"token for nobody", "token", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-sub is missing`},
 		{"token with an empty scope", "token -sub a -scope=", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-scope is empty`},
 		{"token that never lived", "token -sub a -ttl -1h", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-ttl must be`},
@@ -159,7 +161,7 @@ func TestDotenvIsRead(t *testing.T) {
 // A signal in the middle of a request: it finishes, nobody new gets in, exit 0.
 func TestStopWithRequestInFlight(t *testing.T) {
 	t.Parallel()
-	for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
+	for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			p, unlock, answered := processWithRequest(t)
@@ -171,6 +173,9 @@ func TestStopWithRequestInFlight(t *testing.T) {
 				}
 				return err != nil
 			})
+			if sig == syscall.SIGHUP { // an interactive bash passes on what the kernel has sent already
+				p.cmd.Process.Signal(sig)
+			}
 			unlock()
 			if a := <-answered; a.err != nil || a.status != 200 || !strings.Contains(a.body, `"name":"changed"`) {
 				t.Errorf("the request in flight: %+v", a)
@@ -182,6 +187,25 @@ func TestStopWithRequestInFlight(t *testing.T) {
 				t.Error("the log does not end with stopped")
 			}
 		})
+	}
+}
+
+// nohup has the program outlive its terminal.
+func TestIgnoredHangUp(t *testing.T) {
+	t.Parallel()
+	p := newProcess(t, t.TempDir(), testEnv("dbname=x"))
+	p.cmd.Args = append([]string{"nohup", p.cmd.Path}, p.cmd.Args[1:]...)
+	nohup, err := exec.LookPath("nohup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd.Path = nohup
+	p.start()
+	waitFor(t, "the program to listen", func() bool { return strings.Contains(p.stderr.String(), `"msg":"listening"`) })
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.exit(); code != 0 || !strings.Contains(p.stderr.String(), "signal: terminated") {
+		t.Errorf("exit code %d: %s", code, p.stderr)
 	}
 }
 
