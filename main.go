@@ -232,7 +232,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	listener, socket := manager.listener, "passed by the service manager"
 	if listener == nil {
 		if listener, err = net.Listen("tcp", cfg.listenAddr()); err != nil {
-			return err
+			return listenError(cfg.host, err)
 		}
 		socket = "own"
 	}
@@ -322,6 +322,18 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	log.Info("stopped")
 	return nil
+}
+
+// listenError returns err, or a [usageError] that names HOST where it is not the port
+// that keeps the service from listening: a name that does not resolve, an address of
+// another machine (EADDRNOTAVAIL), an unknown interface (EINVAL), or IPv6 where there
+// is none (EAFNOSUPPORT).
+func listenError(host string, err error) error {
+	_, unresolved := errors.AsType[*net.DNSError](err)
+	if unresolved || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EAFNOSUPPORT) {
+		return usageError(fmt.Sprintf("HOST: %.80q is not an address or a name that this machine can listen on: %v", host, err))
+	}
+	return err
 }
 
 // newServer returns the server of handler, for [listen].
