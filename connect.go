@@ -58,20 +58,21 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, connectError{err}
 	}
-	dial := &dialer{patience: c.patience}
+	dial := &dialer{patience: c.patience, connecting: true}
 	one.Dialer(dial)
 	made, err := one.Connect(ctx)
+	dial.connecting = false
 	if err != nil {
+		dial.closeLast()
 		return nil, connectError{err}
 	}
-	socket := *dial.last.Load()
 	if c.session != "" {
 		if _, err := made.(pqConn).ExecContext(ctx, c.session, nil); err != nil {
 			made.Close()
 			return nil, connectError{err}
 		}
 	}
-	cn := &conn{pqConn: made.(pqConn), socket: socket, connector: c, age: age}
+	cn := &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}
 	if c.identify {
 		if cn.backend, err = identify(ctx, cn); err != nil {
 			made.Close()
@@ -175,8 +176,20 @@ func isOver(s socket) bool {
 // swallows packets would otherwise hold a connection for a quarter of an hour.
 type dialer struct {
 	net.Dialer
-	patience time.Duration          // 0: no limit
-	last     atomic.Pointer[socket] // the latest connection; to cancel statements, lib/pq dials at any time
+	patience time.Duration // 0: no limit
+
+	// While lib/pq connects, in the goroutine of Connect, last is the connection that it
+	// dialed last: it leaves one open when it dials again to go without TLS, or with it
+	// (Connector.open in its conn.go). Once connected, it dials to cancel statements.
+	connecting bool
+	last       socket
+}
+
+// closeLast closes the connection that lib/pq dialed last, unless there is none. It may be closed already.
+func (d *dialer) closeLast() {
+	if d.last.Conn != nil {
+		d.last.Close()
+	}
 }
 
 // DialTimeout completes [pq.Dialer]. lib/pq prefers DialContext.
@@ -187,12 +200,17 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 }
 
 func (d *dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	if d.connecting {
+		d.closeLast()
+	}
 	c, err := d.Dialer.DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
 	s := newSocket(c)
-	d.last.Store(&s)
+	if d.connecting {
+		d.last = s
+	}
 	if d.patience == 0 {
 		return s, nil
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -342,6 +343,52 @@ func TestDatabaseNotThereYet(t *testing.T) {
 	startRelay(t, dir)
 	s.waitReady()
 	newUser(s, "a@example.com")
+}
+
+// A PostgreSQL without TLS refuses it first (sslmode=prefer): each connection of the
+// pool is one connection for PostgreSQL all the same.
+func TestNoConnectionLeaks(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	listener, _ := newListener(t)
+	var refused, open atomic.Int64
+	relayTo(t, listener, func(from, to net.Conn) {
+		open.Add(1)
+		defer open.Add(-1)
+		go func() {
+			io.Copy(to, from)
+			to.Close()
+		}()
+		first := make([]byte, 1)
+		if _, err := io.ReadFull(to, first); err != nil {
+			return
+		}
+		if first[0] == 'N' { // no TLS (PostgreSQL's manual, section "SSL Session Encryption")
+			refused.Add(1)
+		}
+		from.Write(first)
+		io.Copy(from, to)
+	})
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	// Without the collector of garbage, which would close in the end what has been forgotten.
+	p := startProcess(t, t.TempDir(), testEnv(databaseURL+" sslmode=prefer application_name=leak host=127.0.0.1 port="+port, "DB_MAX_CONNS=1", "GOGC=off"))
+	p.waitReady()
+	const reconnects = 10
+	for range reconnects {
+		mustExec(t, db, "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'leak'")
+		resp, err := client.Get(p.url + usersPath)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 200 {
+			t.Errorf("GET: %s", resp.Status)
+		}
+	}
+	if n := refused.Load(); n < reconnects {
+		t.Errorf("TLS was refused %d times only", n)
+	}
+	waitFor(t, "the pool's connection to be the only one", func() bool { return open.Load() == 1 })
 }
 
 // The connection breaks when PostgreSQL has made the user, and before it could
