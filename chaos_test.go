@@ -111,7 +111,7 @@ func printChaosTable(w io.Writer) {
 // A load is a number of clients that send one request after the other.
 type load struct {
 	t       testing.TB
-	url     string
+	urls    []string
 	http    *http.Client
 	clients []*loadClient
 	running sync.WaitGroup
@@ -124,10 +124,10 @@ type load struct {
 }
 
 // startLoad begins a mixed load of conns clients on the service at url
-// (AUTH=off). Nobody else may write to its table.
-func startLoad(t testing.TB, url string, conns int) *load {
+// (AUTH=off), and on its other replicas. Nobody else may write to its table.
+func startLoad(t testing.TB, url string, conns int, replicas ...string) *load {
 	t.Helper()
-	l := &load{t: t, url: url, quit: make(chan struct{}), http: &http.Client{
+	l := &load{t: t, urls: append(replicas, url), quit: make(chan struct{}), http: &http.Client{
 		Timeout:   2 * time.Minute, // longer than any REQUEST_TIMEOUT of a test
 		Transport: &http.Transport{MaxIdleConnsPerHost: conns, DisableCompression: true},
 	}}
@@ -512,7 +512,7 @@ func (c *loadClient) ask(method, path, body, ifMatch string, fields ...string) (
 }
 
 func (c *loadClient) exchange(method, path, body string, fields []string) (got answer, err error) {
-	req, err := http.NewRequest(method, c.load.url+path, strings.NewReader(body))
+	req, err := http.NewRequest(method, c.load.urls[rand.IntN(len(c.load.urls))]+path, strings.NewReader(body))
 	if err != nil {
 		return got, err
 	}

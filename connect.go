@@ -5,12 +5,15 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
+	"reflect"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // What the connections to PostgreSQL have that lib/pq's own don't: an end to
@@ -18,13 +21,28 @@ import (
 // that does not answer at all, on ours, and a look at each connection before it
 // is used again. For that look: whoever sends a statement on a connection that
 // is dead already can't know afterwards whether it was done.
+//
+// And they know whether they lead to a session of their own. Behind a pooler, which
+// lends the sessions of PostgreSQL to its clients for a transaction each, a
+// statement's name (lib/pq numbers them: 1, 2, 3) may be that of another client's
+// statement, and what is set for a session stays there for others. So nothing is
+// prepared or set before it is known who answers. PostgreSQL tells each client, when it
+// connects, the process by which its statements are cancelled (BackendKeyData: its
+// manual, "Start-up" in "Message Flow"), and that is the one that serves it. A pooler has
+// to tell something of its own. What was told, lib/pq keeps to itself, in the field pid
+// that conn.startup sets (its conn.go): were it not there any more, nothing would be
+// prepared, and TestPoolerUnannounced would fail.
 
 // A connector makes the connections of a pool. It is a [driver.Connector].
 type connector struct {
 	database pq.Config
-	session  string        // statements that each session begins with
+	session  string        // statements that each session of our own begins with
 	patience time.Duration // after which a silent PostgreSQL is given up; 0: never
-	identify bool          // ask who serves a connection; behind a pooler it is always another one
+	identify bool          // ask who serves a connection
+	log      *slog.Logger
+	// pooled is whether there is a pooler: no statement is prepared any more. It
+	// never becomes false again.
+	pooled atomic.Bool
 	// age is how often the connections had to be given up; those made before the
 	// last time are not used again.
 	age atomic.Int64
@@ -66,20 +84,43 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 		dial.closeLast()
 		return nil, connectError{err}
 	}
-	if c.session != "" {
-		if _, err := made.(pqConn).ExecContext(ctx, c.session, nil); err != nil {
+	cn := &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}
+	if c.identify && !c.pooled.Load() {
+		if cn.backend, err = identify(ctx, cn); err != nil {
 			made.Close()
 			return nil, connectError{err}
 		}
+		if cn.backend.pid != cancelledBy(made) {
+			cn.backend = backend{} // the next statement may be another one's
+			c.findPooler()
+		}
 	}
-	cn := &conn{pqConn: made.(pqConn), socket: dial.last, connector: c, age: age}
-	if c.identify {
-		if cn.backend, err = identify(ctx, cn); err != nil {
+	if c.session != "" && !c.pooled.Load() {
+		if _, err := cn.ExecContext(ctx, c.session, nil); err != nil {
 			made.Close()
 			return nil, connectError{err}
 		}
 	}
 	return cn, nil
+}
+
+// cancelledBy returns the process id that lib/pq was told to cancel the statements
+// of a connection by, or 0.
+func cancelledBy(c driver.Conn) int64 {
+	pid := reflect.Indirect(reflect.ValueOf(c)).FieldByName("pid")
+	if !pid.IsValid() || !pid.CanInt() {
+		return 0
+	}
+	return pid.Int()
+}
+
+// findPooler notes that there is a pooler. Connections that have prepared statements
+// are not used again.
+func (c *connector) findPooler() {
+	if c.pooled.CompareAndSwap(false, true) {
+		c.age.Add(1)
+		c.log.Warn("PostgreSQL is behind a connection pooler: no statement is prepared any more; add binary_parameters=yes to DATABASE_URL, or connect directly")
+	}
 }
 
 // A backend is the process of PostgreSQL that serves a connection. Process ids
@@ -162,6 +203,75 @@ func (c *conn) ResetSession(ctx context.Context) error {
 		return driver.ErrBadConn
 	}
 	return c.pqConn.ResetSession(ctx)
+}
+
+// PrepareContext completes [driver.ConnPrepareContext].
+func (c *conn) PrepareContext(ctx context.Context, text string) (driver.Stmt, error) {
+	s := &statement{conn: c, text: text}
+	return s, s.prepare(ctx)
+}
+
+// isShared reports whether err tells that a prepared statement is not there, or is
+// not ours, and so that the session is not ours alone.
+func (c *conn) isShared(err error) bool {
+	if pq.As(err, pqerror.InvalidSQLStatementName, pqerror.DuplicatePstatement, pqerror.ProtocolViolation) == nil {
+		return false
+	}
+	c.connector.findPooler()
+	return true
+}
+
+// A statement is a prepared one, or behind a pooler one whose text is sent each time,
+// in one message with its parameters (lib/pq's binary_parameters).
+type statement struct {
+	driver.Stmt // nil: it is not prepared
+	conn        *conn
+	text        string
+}
+
+// prepare has PostgreSQL prepare the statement, but not behind a pooler.
+func (s *statement) prepare(ctx context.Context) error {
+	if s.conn.connector.pooled.Load() {
+		return nil
+	}
+	prepared, err := s.conn.pqConn.PrepareContext(ctx, s.text)
+	if err == nil {
+		s.Stmt = prepared
+	} else if s.conn.isShared(err) {
+		return nil
+	}
+	return err
+}
+
+// Close completes [driver.Stmt]. Behind a pooler it might close another client's.
+func (s *statement) Close() error {
+	if s.Stmt == nil || s.conn.connector.pooled.Load() {
+		return nil
+	}
+	return s.Stmt.Close()
+}
+
+// NumInput completes [driver.Stmt]: PostgreSQL knows how many parameters there are.
+func (s *statement) NumInput() int { return -1 }
+
+// QueryContext completes [driver.StmtQueryContext].
+func (s *statement) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
+	if s.Stmt != nil {
+		rows, err := s.Stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
+		refused := pq.As(err)
+		switch {
+		case refused == nil:
+			return rows, err
+		case s.conn.isShared(err):
+			if refused.Code == pqerror.ProtocolViolation { // or a pooler has lost the answer: see [store.run]
+				return nil, err
+			}
+		default:
+			return nil, err
+		}
+		s.Stmt = nil
+	}
+	return s.conn.QueryContext(ctx, s.text, args)
 }
 
 // isOver reports whether there is something to read on an idle connection: its

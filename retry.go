@@ -132,22 +132,17 @@ func afterLost(err error, repeated bool) error {
 	return &g
 }
 
-func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) (err error) {
+func (s *store) runOnce(ctx context.Context, text string, args []any, read func(*sql.Rows) error) error {
 	if err := ctx.Err(); err != nil { // nobody waits for it any more
 		return err
 	}
 	// To watch ctx, database/sql and lib/pq take a goroutine each. PostgreSQL ends
 	// the statement by itself, so ctx matters only where that would be later than
 	// the deadline, or where a connection has to be waited for.
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > s.limit-100*time.Millisecond && s.limit > 0 && s.db.Stats().Idle > 0 {
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > s.limit-100*time.Millisecond && s.limit > 0 && !s.pool.pooled.Load() && s.db.Stats().Idle > 0 {
 		ctx = context.WithoutCancel(ctx)
 	}
-	var rows *sql.Rows
-	if s.unprepared {
-		rows, err = s.db.QueryContext(ctx, text, args...)
-	} else {
-		rows, err = s.prepared[text].QueryContext(ctx, args...)
-	}
+	rows, err := s.prepared[text].QueryContext(ctx, args...)
 	if err != nil {
 		return err
 	}

@@ -61,13 +61,12 @@ const readOnlyPatience = 20 * time.Second
 
 // A store keeps users in PostgreSQL. It is safe for concurrent use.
 type store struct {
-	db         *sql.DB
-	pool       *connector // of db
-	aside      *sql.DB    // beside the pool: for start, whose migrations take as long as they take
-	probe      *sql.DB    // beside the pool, for ping
-	log        *slog.Logger
-	unprepared bool          // binary_parameters=yes: no statement outlives its transaction
-	limit      time.Duration // after which PostgreSQL ends a statement by itself; 0: it does not
+	db    *sql.DB
+	pool  *connector // of db
+	aside *sql.DB    // beside the pool: for start, whose migrations take as long as they take
+	probe *sql.DB    // beside the pool, for ping
+	log   *slog.Logger
+	limit time.Duration // after which PostgreSQL ends a statement by itself, without a pooler; 0: it does not
 
 	prepared map[string]*sql.Stmt // by text; complete once started is true
 	many     batches
@@ -79,25 +78,24 @@ type store struct {
 // openStore returns the store of the configured database. It does not connect:
 // [store.start] does.
 func openStore(cfg config, log *slog.Logger) *store {
-	s := &store{log: log, unprepared: cfg.database.BinaryParameters, prepared: make(map[string]*sql.Stmt)}
+	s := &store{log: log, prepared: make(map[string]*sql.Stmt)}
 	s.many = newBatches(s, cfg.dbMaxConns)
 	s.alone = newLockQueue(cfg.dbMaxConns)
 	database := cfg.database
 	database.ConnectTimeout = min(database.ConnectTimeout, cfg.requestTimeout)
+	database.BinaryParameters = true // what is not prepared goes out in one message, which no pooler can split
 	s.limit = cfg.requestTimeout
-	if s.unprepared || cfg.database.Runtime["statement_timeout"] != "" {
-		s.limit = 0 // others share the session, or the operator has decided
+	if cfg.database.Runtime["statement_timeout"] != "" {
+		s.limit = 0 // the operator has decided
 	}
-	session := ""
-	if !s.unprepared {
-		session = planning
-	}
+	session := planning
 	if s.limit != 0 {
 		session += fmt.Sprintf("SET statement_timeout = %d; SET lock_timeout = %d;", max(1, s.limit.Milliseconds()), lockPatience.Milliseconds())
 	}
 	// A statement ends after the time of a request; who has not answered even
 	// that soon after will not answer any more.
-	s.pool = &connector{database: database, session: session, patience: cfg.requestTimeout + 250*time.Millisecond, identify: !s.unprepared}
+	s.pool = &connector{database: database, session: session, patience: cfg.requestTimeout + 250*time.Millisecond, identify: true, log: log}
+	s.pool.pooled.Store(cfg.database.BinaryParameters)
 	s.db = sql.OpenDB(s.pool)
 	s.db.SetMaxOpenConns(cfg.dbMaxConns)
 	s.db.SetMaxIdleConns(cfg.dbMaxConns)
@@ -151,9 +149,6 @@ func (s *store) start(ctx context.Context) error {
 }
 
 func (s *store) prepare(ctx context.Context) error {
-	if s.unprepared {
-		return s.db.PingContext(ctx)
-	}
 	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser,
 		selectKeyed, insertUsers, insertUsersOnce, selectUsers, findUsers, updateUsers, deleteUsers} {
 		if s.prepared[text] != nil {

@@ -320,6 +320,85 @@ func TestBinaryParameters(t *testing.T) {
 	}
 }
 
+// A session whose prepared statements others have a hand in shows that it is shared:
+// nothing is prepared any more, and no answer is a wrong one.
+func TestStatementsOfOthers(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, others string }{
+		{"gone", "DEALLOCATE ALL"},
+		{"another's", "DEALLOCATE ALL; " + strings.Join(numbered(`PREPARE "%d" AS SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text`, 40), "; ")},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, "DB_MAX_CONNS=1")
+			a := newUser(s, "a@example.com")
+			path := a.header.Get("Location")
+			mustExec(t, s.db, "CREATE FUNCTION others() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "+
+				"IF NEW.name = 'others' THEN EXECUTE '"+test.others+"'; END IF; RETURN NULL; END $$")
+			mustExec(t, s.db, "CREATE TRIGGER others AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION others()")
+			put := s.call("PUT", path, `{"name":"others"}`)
+			put.user(t)
+			if got := s.call("GET", path, ""); got.body != put.body {
+				t.Errorf("GET: %d %s\nwant %s", got.status, got.body, put.body)
+			}
+			wantCalls(t, s, "after")
+			if warned := strings.Count(s.log.String(), "binary_parameters=yes"); warned != 1 {
+				t.Errorf("warned %d times", warned)
+			}
+		})
+	}
+}
+
+// numbered returns format with each number from 1 to n.
+func numbered(format string, n int) (texts []string) {
+	for i := range n {
+		texts = append(texts, fmt.Sprintf(format, i+1))
+	}
+	return texts
+}
+
+// wantCalls sends each kind of call, at the time of that name, beside a user who is
+// there already. Those that it makes are gone in the end.
+func wantCalls(t *testing.T, s *service, name string) {
+	t.Helper()
+	call := func(method, path, body string, fields ...string) answer {
+		t.Helper()
+		a := s.call(method, path, body, fields...)
+		if a.status != 200 {
+			t.Errorf("%s: %s %s: %d %s", name, method, path, a.status, a.body)
+		}
+		return a
+	}
+	for i, key := range []string{"", "Idempotency-Key: k"} {
+		email := fmt.Sprintf("called%d@example.com", i)
+		made := call("POST", usersPath, userJSON(email, "old"), key)
+		path := made.header.Get("Location")
+		if key != "" {
+			if again := call("POST", usersPath, userJSON(email, "old"), key); again.body != made.body {
+				t.Errorf("%s: again with the key: %s\nwant %s", name, again.body, made.body)
+			}
+		}
+		if got := call("GET", path, ""); got.body != made.body {
+			t.Errorf("%s: GET: %s\nwant %s", name, got.body, made.body)
+		}
+		if found := call("GET", usersPath+"?email="+email, ""); found.body != "["+made.body+"]" {
+			t.Errorf("%s: found %s\nwant %s", name, found.body, made.body)
+		}
+		page := call("GET", usersPath+"?limit=1", "")
+		next, _, _ := strings.Cut(strings.TrimPrefix(page.header.Get("Link"), "<"), ">")
+		if rest := call("GET", next, "").users(t); page.body != "["+made.body+"]" || len(rest) != 1 || rest[0]["email"] == email {
+			t.Errorf("%s: the list: %s, %v", name, page.body, rest)
+		}
+		put := call("PUT", path, userJSON("", "new"), "If-Match: "+made.header.Get("ETag"))
+		if put.user(t)["name"] != "new" {
+			t.Errorf("%s: PUT: %s", name, put.body)
+		}
+		wantError(t, s.call("PUT", path, userJSON("", "newer"), "If-Match: "+made.header.Get("ETag")), 412, answers[kindPrecondition].message)
+		call("DELETE", path, "", "If-Match: "+put.header.Get("ETag"))
+		wantError(t, s.call("GET", path, ""), 404, "Resource not found")
+	}
+}
+
 // PostgreSQL comes up after the service: it waits, says so, and then serves.
 func TestDatabaseNotThereYet(t *testing.T) {
 	t.Parallel()
