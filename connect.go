@@ -256,6 +256,11 @@ func (s *statement) NumInput() int { return -1 }
 
 // QueryContext completes [driver.StmtQueryContext].
 func (s *statement) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
+	if s.Stmt == nil {
+		if err := s.prepare(ctx); err != nil {
+			return nil, err
+		}
+	}
 	if s.Stmt != nil {
 		rows, err := s.Stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
 		refused := pq.As(err)
@@ -266,6 +271,11 @@ func (s *statement) QueryContext(ctx context.Context, args []driver.NamedValue) 
 			if refused.Code == pqerror.ProtocolViolation { // or a pooler has lost the answer: see [store.run]
 				return nil, err
 			}
+		case refused.Code == pqerror.FeatureNotSupported || refused.Code.Class() == "42":
+			// The table may have changed since ("cached plan must not change result type"),
+			// or what PostgreSQL takes the parameters for. The next use prepares it anew; this
+			// one does not, since the table might change again in between.
+			s.Close()
 		default:
 			return nil, err
 		}

@@ -399,6 +399,54 @@ func wantCalls(t *testing.T, s *service, name string) {
 	}
 }
 
+// The table is changed below the service: nobody who asks sees it, under load or alone.
+func TestTableChanges(t *testing.T) {
+	t.Parallel()
+	const replaced = "BEGIN; ALTER TABLE users RENAME TO old; CREATE TABLE users (LIKE old INCLUDING ALL); " +
+		"INSERT INTO users SELECT * FROM old; DROP TABLE old; COMMIT"
+	changes := []string{
+		"ALTER TABLE users ALTER name TYPE varchar(500)",
+		"ALTER TABLE users ALTER email TYPE varchar(500)",
+		"ALTER TABLE users ALTER name TYPE text, ALTER email TYPE text",
+		"ALTER TABLE users ADD note text, ALTER email TYPE varchar(600)",
+		replaced,
+		"ALTER TABLE users ALTER email TYPE address", // not what its parameter had been taken for
+		"ALTER TABLE users ALTER email TYPE text, ALTER name TYPE varchar(255)",
+		strings.Replace(replaced, "INCLUDING ALL);", "INCLUDING ALL); ALTER TABLE users ALTER name TYPE varchar(700);", 1),
+	}
+	// A type as the extension citext has one, which not every PostgreSQL has.
+	const address = "CREATE TYPE address; CREATE FUNCTION address_in(cstring) RETURNS address LANGUAGE internal IMMUTABLE STRICT AS 'textin'; " +
+		"CREATE FUNCTION address_out(address) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout'; " +
+		"CREATE TYPE address (INPUT = address_in, OUTPUT = address_out, LIKE = text, CATEGORY = 'S'); " +
+		"CREATE CAST (address AS text) WITHOUT FUNCTION AS IMPLICIT; CREATE CAST (text AS address) WITHOUT FUNCTION AS ASSIGNMENT; " +
+		"CREATE CAST (address AS varchar) WITHOUT FUNCTION AS ASSIGNMENT; CREATE CAST (varchar AS address) WITHOUT FUNCTION AS ASSIGNMENT"
+	t.Run("alone", func(t *testing.T) {
+		t.Parallel()
+		s := newService(t, "DB_MAX_CONNS=1")
+		mustExec(t, s.db, address)
+		newUser(s, "first@example.com")
+		wantCalls(t, s, "as it was")
+		for _, change := range append(changes, "ALTER TABLE users ALTER created_at TYPE timestamptz(3), ALTER updated_at TYPE timestamptz(5)") {
+			mustExec(t, s.db, change)
+			wantCalls(t, s, change)
+		}
+	})
+	t.Run("under load", func(t *testing.T) {
+		t.Parallel()
+		s := newService(t)
+		mustExec(t, s.db, address)
+		l := startLoad(t, s.url, chaosConns)
+		l.wait(300)
+		for _, change := range changes {
+			mustExec(t, s.db, change)
+			l.wait(300)
+		}
+		o := l.stop(s.db)
+		o.faults = len(changes)
+		o.want(t, "table altered, or replaced")
+	})
+}
+
 // PostgreSQL comes up after the service: it waits, says so, and then serves.
 func TestDatabaseNotThereYet(t *testing.T) {
 	t.Parallel()
