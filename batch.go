@@ -23,7 +23,7 @@ var (
 		"FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[]) AS change (user_id, new_email, new_name, match, none_match) " +
 		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR NO KEY UPDATE OF users SKIP LOCKED) " +
 		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
-		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') FROM free WHERE users.ctid = place AND id = user_id RETURNING " + columns
+		"updated_at = " + newUpdate + " FROM free WHERE users.ctid = place AND id = user_id RETURNING " + columns
 	deleteUsers = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, user_id " +
 		"FROM unnest($1::uuid[], $2::text[], $3::text[]) AS gone (user_id, match, none_match) " +
 		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR UPDATE OF users SKIP LOCKED) " +

@@ -88,10 +88,11 @@ type position struct {
 }
 
 // cursor returns the position in the form that clients carry around: 8 bytes
-// of microseconds, 16 of id, 4 of checksum. The checksum catches a mangled
-// cursor; forging one gains nothing that an offset would not give.
+// of microseconds since 1970, modulo 2^64, 16 of id, 4 of checksum. The checksum
+// catches a mangled cursor; forging one gains nothing that an offset would not give.
 func (p position) cursor() string {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, 28), uint64(p.createdAt.UnixMicro()))
+	micros := p.createdAt.Unix()*1e6 + int64(p.createdAt.Nanosecond()/1e3) // wraps around in the year 294247
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, 28), uint64(micros))
 	id, _ := hex.DecodeString(strings.ReplaceAll(p.id, "-", ""))
 	b = append(b, id...)
 	b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
@@ -104,9 +105,8 @@ func parseCursor(s string) (*position, error) {
 	if err != nil || len(s) != 38 || len(b) != 28 || binary.BigEndian.Uint32(b[24:]) != crc32.ChecksumIEEE(b[:24]) {
 		return nil, invalid("cursor is damaged: follow the Link of the page before as it is")
 	}
-	micros := int64(binary.BigEndian.Uint64(b))
-	if t := time.UnixMicro(micros).UTC(); t.Year() >= 1 && t.Year() <= 9999 { // what RFC 3339 can spell
-		return &position{t, formatUUID([16]byte(b[8:24]))}, nil
-	}
-	return nil, invalid("cursor is out of range")
+	// From 2000 on, PostgreSQL's epoch, all its times are within the range of an int64.
+	const epoch = 946684800 // seconds since 1970
+	micros := int64(binary.BigEndian.Uint64(b) - epoch*1e6)
+	return &position{time.Unix(epoch+micros/1e6, micros%1e6*1e3), formatUUID([16]byte(b[8:24]))}, nil
 }

@@ -19,11 +19,42 @@ import (
 // failures of the kinds unavailable, timeout, callerGone and database, and what
 // their context ends with; nothing of the driver's gets out.
 
-// columns are those of a user, in the order of [user.fields].
-const columns = "id, email, name, created_at, updated_at"
+// columns are those of a user, in the order of [user.fields]. A table that was
+// taken over may allow NULL, where one such row must not hide the others.
+const columns = "id, COALESCE(email, ''), COALESCE(name, ''), created_at, updated_at"
 
 // version is the version of a user in SQL: what [user.version] is in Go.
-const version = "(extract(epoch FROM updated_at) * 1000000)::bigint::text"
+const version = "(extract(epoch FROM LEAST(GREATEST(updated_at, timestamptz '0001-01-01 00:00:00Z'), " + lastUpdate + ")) * 1000000)::bigint::text"
+
+// newUpdate is the updated_at of an update. It is the version, so it moves on even
+// if the clock does not; where there is no later version, it comes back to the clock.
+const (
+	newUpdate  = "GREATEST(now(), CASE WHEN updated_at < " + lastUpdate + " THEN updated_at + interval '1 microsecond' END)"
+	lastUpdate = "timestamptz '9999-12-31 23:59:59.999999Z'"
+)
+
+// What -infinity and infinity are in Go: right outside of the times that
+// PostgreSQL can store (its manual, table 8.9).
+var (
+	minusInfinity = time.Date(-4713, time.November, 24, 0, 0, 0, -1000, time.UTC) // 4714 BC
+	plusInfinity  = time.Date(294277, time.January, 1, 0, 0, 0, 0, time.UTC)
+)
+
+func init() { pq.EnableInfinityTs(minusInfinity, plusInfinity) }
+
+// timestamp returns t as PostgreSQL reads it. lib/pq's own way moves the leap days
+// before year 1 by a day.
+func timestamp(t time.Time) string {
+	switch t = t.UTC(); {
+	case !t.After(minusInfinity):
+		return "-infinity"
+	case !t.Before(plusInfinity):
+		return "infinity"
+	case t.Year() < 1: // year 0 is 1 BC
+		return fmt.Sprintf("%04d-%sZ BC", 1-t.Year(), t.Format("01-02 15:04:05.000000"))
+	}
+	return t.Format(timeFormat)
+}
 
 // conditionsHold is true, in SQL, of a user in a version that [preconditions]
 // allow, whose fields are the values of the two placeholders.
@@ -39,9 +70,7 @@ var (
 	findUser   = "SELECT " + columns + " FROM users WHERE lower(email) = lower($1)"
 	firstUsers = "SELECT " + columns + " FROM users ORDER BY created_at DESC, id DESC LIMIT $1 OFFSET $2"
 	nextUsers  = "SELECT " + columns + " FROM users WHERE (created_at, id) < ($2, $3) ORDER BY created_at DESC, id DESC LIMIT $1"
-	// updated_at is the version, so it moves on even if the clock does not.
-	updateUser = "UPDATE users SET email = COALESCE($2, email), name = COALESCE($3, name), " +
-		"updated_at = GREATEST(now(), updated_at + interval '1 microsecond') " +
+	updateUser = "UPDATE users SET email = COALESCE($2, email), name = COALESCE($3, name), updated_at = " + newUpdate + " " +
 		"WHERE id = $1 AND " + conditionsHold("$4", "$5") + " RETURNING " + columns
 	deleteUser = "DELETE FROM users WHERE id = $1 AND " + conditionsHold("$2", "$3") + " RETURNING " + columns
 )
@@ -256,7 +285,7 @@ func (s *store) find(ctx context.Context, email string) (user, error) {
 // that is nil, those behind the first offset ones.
 func (s *store) list(ctx context.Context, limit, offset int64, after *position) (users []user, err error) {
 	if after != nil {
-		users, _, err = s.query(ctx, nextUsers, limit, after.createdAt, after.id)
+		users, _, err = s.query(ctx, nextUsers, limit, timestamp(after.createdAt), after.id)
 	} else {
 		users, _, err = s.query(ctx, firstUsers, limit, offset)
 	}

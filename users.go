@@ -38,15 +38,34 @@ func (u *user) appendJSON(b []byte) []byte {
 	b = append(b, `,"name":`...)
 	b = appendJSONString(b, u.Name)
 	b = append(b, `,"created_at":"`...)
-	b = u.CreatedAt.UTC().AppendFormat(b, timeFormat)
+	b = spellable(u.CreatedAt).AppendFormat(b, timeFormat)
 	b = append(b, `","updated_at":"`...)
-	b = u.UpdatedAt.UTC().AppendFormat(b, timeFormat)
+	b = spellable(u.UpdatedAt).AppendFormat(b, timeFormat)
 	return append(b, `"}`...)
+}
+
+// The first and the last microsecond of the years that timeFormat can spell.
+var (
+	firstTime = time.Date(1, 1, 1, 0, 0, 0, 0, time.UTC)
+	lastTime  = time.Date(9999, 12, 31, 23, 59, 59, 999_999_000, time.UTC)
+)
+
+// spellable returns t in UTC, or, outside of the years that RFC 3339 can spell
+// (section 5.6), the nearest time within: PostgreSQL stores infinity and years from
+// 4714 BC to 294276.
+func spellable(t time.Time) time.Time {
+	switch {
+	case t.Before(firstTime):
+		return firstTime
+	case t.After(lastTime):
+		return lastTime
+	}
+	return t.UTC()
 }
 
 // version is what changes with every update of the user: its updated_at in
 // microseconds since 1970.
-func (u *user) version() string { return strconv.FormatInt(u.UpdatedAt.UnixMicro(), 10) }
+func (u *user) version() string { return strconv.FormatInt(spellable(u.UpdatedAt).UnixMicro(), 10) }
 
 // etag is the version as a strong entity tag (RFC 9110, section 8.8.3).
 func (u *user) etag() string { return `"` + u.version() + `"` }

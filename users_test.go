@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
@@ -628,6 +629,103 @@ func TestVersionMovesForward(t *testing.T) {
 	}
 }
 
+// Times that RFC 3339 can't spell are in the database and go out as the nearest that
+// it can. They hide no other row, in pages of no size, and can be changed.
+func TestOddTimes(t *testing.T) {
+	t.Parallel()
+	const first, last = "0001-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z"
+	odd := []struct{ stored, want string }{
+		{"infinity", last},
+		{"294276-12-31 23:59:59.999999Z", last},
+		{"294247-01-10 04:00:54.775808Z", last}, // 2^63 microseconds after 1970
+		{"10000-01-01 00:00:00Z", last},
+		{"9999-12-31 23:59:59.999999Z", last},
+		{"9999-12-31 23:59:59.999998Z", "9999-12-31T23:59:59.999998Z"},
+		{"2024-02-29 12:00:00.000001Z", "2024-02-29T12:00:00.000001Z"},
+		{"0001-01-01 00:00:00Z", first},
+		{"0001-12-31 23:59:59.999999Z BC", first},
+		{"0001-02-29 12:00:00Z BC", first},
+		{"0005-02-29 12:00:00.000001Z BC", first},
+		{"4714-11-24 00:00:00Z BC", first},
+		{"-infinity", first},
+	}
+	for _, settings := range []string{"", " TimeZone=America/New_York", " TimeZone=Asia/Tokyo binary_parameters=yes"} {
+		t.Run(settings, func(t *testing.T) {
+			t.Parallel()
+			databaseURL, db := newSchema(t)
+			s := startService(t, testEnv(databaseURL+settings))
+			s.waitReady()
+			var want []string
+			for i, o := range odd {
+				for j := range 3 { // newest first
+					id := fmt.Sprintf("00000000-0000-4000-8000-0000000000%02x", 255-3*i-j)
+					mustExec(t, db, "INSERT INTO users (id, email, name, created_at, updated_at) VALUES ($1, $2, 'x', $3, $3)", id, id+"@example.com", o.stored)
+					want = append(want, id+" "+o.want+" "+o.want)
+				}
+			}
+			for _, limit := range []int{1, 2, 4, 7, 1000} {
+				var got []string
+				for path := fmt.Sprintf("%s?limit=%d", usersPath, limit); path != "" && len(got) <= len(want); {
+					a := s.call("GET", path, "")
+					for _, u := range a.users(t) {
+						got = append(got, u["id"]+" "+u["created_at"]+" "+u["updated_at"])
+					}
+					path, _, _ = strings.Cut(strings.TrimPrefix(a.header.Get("Link"), "<"), ">")
+				}
+				if !slices.Equal(got, want) {
+					t.Errorf("limit=%d: got\n%s\nwant\n%s", limit, strings.Join(got, "\n"), strings.Join(want, "\n"))
+				}
+			}
+			var wg sync.WaitGroup // so that some of the writes are one statement
+			for _, row := range want {
+				wg.Go(func() {
+					path := usersPath + "/" + row[:36]
+					read := s.call("GET", path, "")
+					tags := []string{read.header.Get("ETag")}
+					if again := s.call("GET", path, "", "If-None-Match: "+tags[0]); again.status != 304 {
+						t.Errorf("%s: If-None-Match: %d", row, again.status)
+					}
+					wantError(t, s.call("PUT", path, `{"name":"y"}`, `If-Match: "1"`), 412, answers[kindPrecondition].message)
+					for i := range 3 {
+						name := fmt.Sprintf("name %d", i)
+						put := s.call("PUT", path, `{"name":"`+name+`"}`, "If-Match: "+tags[0])
+						if put.user(t)["name"] != name || slices.Contains(tags, put.header.Get("ETag")) {
+							t.Errorf("%s: PUT: %s with ETag %s after %v", row, put.body, put.header.Get("ETag"), tags)
+						}
+						if got := s.call("GET", path, ""); got.body != put.body || got.header.Get("ETag") != put.header.Get("ETag") {
+							t.Errorf("%s: PUT %s\nGET %s", row, put.body, got.body)
+						}
+						wantError(t, s.call("DELETE", path, "", "If-Match: "+tags[0]), 412, answers[kindPrecondition].message)
+						tags = append([]string{put.header.Get("ETag")}, tags...)
+					}
+					if gone := s.call("DELETE", path, "", "If-Match: "+tags[0]); gone.status != 200 {
+						t.Errorf("%s: DELETE: %d %s", row, gone.status, gone.body)
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
+
+// A row without a name, or without an address, hides no others: a table that was
+// taken over may allow it.
+func TestRowsWithNull(t *testing.T) {
+	t.Parallel()
+	databaseURL, db := newSchema(t)
+	mustExec(t, db, "CREATE TABLE users (id uuid PRIMARY KEY, email varchar(255), name varchar(255), created_at timestamptz, updated_at timestamptz)")
+	mustExec(t, db, "INSERT INTO users VALUES ($1, NULL, NULL, now(), now())", noSuchID)
+	s := startService(t, testEnv(databaseURL))
+	s.waitReady()
+	newUser(s, "a@example.com")
+	if list := s.call("GET", usersPath, "").users(t); len(list) != 2 || list[1]["name"] != "" || list[1]["email"] != "" {
+		t.Errorf("list: %v", list)
+	}
+	if u := s.call("PUT", usersPath+"/"+noSuchID, `{"name":"A"}`).user(t); u["name"] != "A" || u["email"] != "" {
+		t.Errorf("PUT: %v", u)
+	}
+}
+
 func TestMethods(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
@@ -732,7 +830,9 @@ func TestAuthOfTheAPI(t *testing.T) {
 func FuzzCursor(f *testing.F) {
 	p := position{time.UnixMicro(1700000000123456), noSuchID}
 	f.Add(p.cursor())
-	f.Add(position{time.UnixMicro(-1), noSuchID}.cursor())
+	for _, at := range []time.Time{time.UnixMicro(-1), time.UnixMicro(math.MinInt64), time.UnixMicro(math.MaxInt64), minusInfinity, plusInfinity} {
+		f.Add(position{at, noSuchID}.cursor())
+	}
 	f.Add("")
 	f.Fuzz(func(t *testing.T, s string) {
 		p, err := parseCursor(s)
@@ -741,6 +841,9 @@ func FuzzCursor(f *testing.F) {
 		}
 		if back := p.cursor(); back != s {
 			t.Errorf("%q and %q are the same position", s, back)
+		}
+		if at := timestamp(p.createdAt); !regexp.MustCompile(`^(-?infinity|\d{4,6}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}Z BC)$`).MatchString(at) {
+			t.Errorf("%q is at %s", s, at)
 		}
 	})
 }
