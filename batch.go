@@ -109,17 +109,28 @@ func (s *store) createMany(ctx context.Context, calls []*call[draft, user]) {
 	}
 	args := []any{array(ids), array(emails), array(names)}
 	made, repeated, err := s.query(ctx, insertUsers, args...)
-	if errors.Is(err, errEmailTaken) { // by another statement meanwhile, or within this one
+	if isRefused(err) { // by another statement's row meanwhile, or one of this one
 		var again bool
 		made, again, err = s.query(ctx, insertUsersOnce, args...)
 		repeated = repeated || again
 	}
-	deal(calls, byID(made), err, errEmailTaken, rerun(repeated))
+	deal(calls, byID(made), err, rerun(repeated), rerun(repeated))
+	// Most of those left out want an address that is taken: one statement tells of
+	// which that is true. (But who may be the owner, by an earlier try of this
+	// statement or of the request, finds out alone.)
+	var left []*call[draft, user]
+	var taken []*call[lookUp, user]
 	for _, c := range calls {
-		// Of an address that is taken, the caller may be the owner: by an earlier
-		// try of this statement, or of the request.
-		if c.err == errEmailTaken && (repeated || isKeyed(c.ask.id)) {
-			c.err = rerun(repeated)
+		if err == nil && c.err == errAlone && !isKeyed(c.ask.id) {
+			left, taken = append(left, c), append(taken, &call[lookUp, user]{ask: lookUp(c.ask.email)})
+		}
+	}
+	if len(left) > 0 {
+		s.findMany(ctx, taken)
+	}
+	for i, c := range left {
+		if taken[i].err == nil {
+			c.err = errEmailTaken
 		}
 	}
 }

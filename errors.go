@@ -78,6 +78,8 @@ var (
 	errEmailTaken   = &failure{kind: kindConflict}
 	errPrecondition = &failure{kind: kindPrecondition}
 	errKeyReused    = &failure{kind: kindKeyReused}
+	errSkipped      = &failure{kind: kindShape, message: "The database did not make this change",
+		cause: errors.New("a trigger on the table has skipped the row")}
 )
 
 // invalid returns the failure of a value that breaks a rule: what names the

@@ -67,15 +67,15 @@ func isKeyed(id string) bool { return id[14] == '8' }
 const selectKeyed = "SELECT " + columns + " FROM users WHERE id BETWEEN $1 AND $2"
 
 // madeBefore returns the user that was created with this id, as it is now. It
-// is asked when PostgreSQL has found that something about a create with an
-// Idempotency-Key is there already: the error is [errKeyReused] if that is the
-// key, with another body, and [errEmailTaken] if it is not the key.
-func (s *store) madeBefore(ctx context.Context, id string) (user, error) {
+// is asked when PostgreSQL has refused a create with an Idempotency-Key: the error
+// is [errKeyReused] if the key is there already, with another body, and refused if
+// it is not.
+func (s *store) madeBefore(ctx context.Context, id string, refused error) (user, error) {
 	half := id[:len("kkkkkkkk-kkkk-8kkk-vkkk-")]
 	u, _, err := s.one(ctx, selectKeyed, half+"000000000000", half+"ffffffffffff")
 	switch {
 	case errors.Is(err, errNotFound):
-		return user{}, errEmailTaken
+		return user{}, refused
 	case err != nil:
 		return user{}, err
 	case u.ID != id:

@@ -185,11 +185,28 @@ func translate(ctx context.Context, err error) error {
 		return &failure{kind: kindUnavailable, message: "The database has no space left", cause: err}
 	case isUnavailable(err):
 		return &failure{kind: kindUnavailable, message: "The database is not available", cause: err}
-	case refused != nil && refused.Code == pqerror.UniqueViolation: // of the address, or of an id: see createAlone
+	case refused == nil:
+		return &failure{kind: kindDatabase, cause: err}
+	case refused.Code == pqerror.UniqueViolation && refused.Constraint == "users_email_lower_key":
 		return errEmailTaken
+	// What others have added to the table: constraints, shorter types, triggers. Their
+	// names are in the text of err. (Or, of a create that is repeated, it is the id that
+	// its first try has taken: see createAlone.)
+	case pq.As(err, pqerror.UniqueViolation, pqerror.ExclusionViolation, pqerror.ForeignKeyViolation, pqerror.RestrictViolation) != nil:
+		return &failure{kind: kindConflict, message: "The change conflicts with other data in the database", cause: err}
+	case refused.Code == pqerror.RaiseException, refused.Code.Class() == pqerror.ClassDataException,
+		refused.Code.Class() == pqerror.ClassIntegrityConstraintViolation:
+		return &failure{kind: kindShape, message: "The change breaks a rule of the database", cause: err}
 	default:
 		return &failure{kind: kindDatabase, cause: err}
 	}
+}
+
+// isRefused reports whether err, of a write, is about the row and what is there
+// already: the change is not made, now or later.
+func isRefused(err error) bool {
+	f, ok := errors.AsType[*failure](err)
+	return ok && (f.kind == kindConflict || f.kind == kindShape)
 }
 
 // passes reports whether err is of the kind that another try may not meet:

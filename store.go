@@ -16,8 +16,9 @@ import (
 
 // The store is where SQL lives: everybody else speaks of users. Its methods
 // return [errNotFound], [errEmailTaken], [errKeyReused], [errPrecondition],
-// failures of the kinds unavailable, timeout, callerGone and database, and what
-// their context ends with; nothing of the driver's gets out.
+// [errSkipped], failures of the kinds conflict and shape (a rule that others have
+// made), unavailable, timeout, callerGone and database, and what their context ends
+// with; nothing of the driver's gets out.
 
 // columns are those of a user, in the order of [user.fields]. A table that was
 // taken over may allow NULL, where one such row must not hide the others.
@@ -228,7 +229,7 @@ func (s *store) pingMany(ctx context.Context, calls []*call[struct{}, struct{}])
 }
 
 // create stores a new user. The error is [errEmailTaken] if another user has
-// the address, letter case ignored. With an id from [keyedUUID] it returns the
+// the address, letter case ignored, and [errSkipped] if a trigger does not let it. With an id from [keyedUUID] it returns the
 // user that has been created with this id before, if there is one, and the
 // error is [errKeyReused] if the key was used with another body.
 func (s *store) create(ctx context.Context, id, email, name string) (user, error) {
@@ -248,19 +249,22 @@ func (s *store) createAlone(ctx context.Context, in draft, again bool) (u user, 
 	defer func() { err = afterLost(err, again) }()
 	u, repeated, err := s.one(ctx, insertUser, in.id, in.email, in.name)
 	again = again || repeated
+	if errors.Is(err, errNotFound) { // RETURNING nothing
+		err = errSkipped
+	}
 	switch {
-	case !errors.Is(err, errEmailTaken):
+	case !isRefused(err):
 		return u, err
 	case isKeyed(in.id):
-		return s.madeBefore(ctx, in.id)
+		return s.madeBefore(ctx, in.id, err)
 	}
 	// An earlier try may have gone through, here or in [store.createMany]: then it
 	// is this very user who has the id and the address.
-	u, _, err = s.one(ctx, selectUser, in.id)
-	if errors.Is(err, errNotFound) {
-		err = errEmailTaken
+	u, _, lookupErr := s.one(ctx, selectUser, in.id)
+	if errors.Is(lookupErr, errNotFound) {
+		return u, err
 	}
-	return u, err
+	return u, lookupErr
 }
 
 // get returns the user of that id, or [errNotFound].
@@ -294,7 +298,7 @@ func (s *store) list(ctx context.Context, limit, offset int64, after *position) 
 
 // update changes the fields that are not nil. The error is [errNotFound], or
 // [errPrecondition] if the user is in a version that when excludes, or
-// [errEmailTaken].
+// [errEmailTaken], or [errSkipped] if a trigger does not let it.
 func (s *store) update(ctx context.Context, id string, email, name *string, when preconditions) (user, error) {
 	in := userChange{id, email, name, when}
 	u, err := user{}, errAlone
@@ -315,7 +319,7 @@ func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (u u
 	defer func() { err = afterLost(err, again) }()
 	u, repeated, err := s.one(ctx, updateUser, in.id, in.email, in.name, in.when.match, in.when.noneMatch)
 	again = again || repeated
-	if !errors.Is(err, errNotFound) || !in.when.some() {
+	if !errors.Is(err, errNotFound) {
 		return u, err
 	}
 	u, _, err = s.one(ctx, selectUser, in.id)
@@ -326,11 +330,12 @@ func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (u u
 	if again && asWanted {
 		return u, nil
 	}
-	return u, errPrecondition
+	return u, in.when.whyNot(&u)
 }
 
 // delete removes the user of that id. The error is [errNotFound], or
-// [errPrecondition] if the user is in a version that when excludes.
+// [errPrecondition] if the user is in a version that when excludes, or
+// [errSkipped] if a trigger does not let it.
 func (s *store) delete(ctx context.Context, id string, when preconditions) error {
 	in := userChange{id: id, when: when}
 	err := errAlone
@@ -352,12 +357,11 @@ func (s *store) deleteAlone(ctx context.Context, in userChange, again bool) (u u
 	if !errors.Is(err, errNotFound) {
 		return u, err
 	}
-	if in.when.some() {
-		if _, _, err = s.one(ctx, selectUser, in.id); err == nil {
-			return u, errPrecondition
-		}
-	}
-	if errors.Is(err, errNotFound) && again {
+	u, _, err = s.one(ctx, selectUser, in.id)
+	switch {
+	case err == nil:
+		return u, in.when.whyNot(&u)
+	case errors.Is(err, errNotFound) && again:
 		return u, nil
 	}
 	return u, err

@@ -829,3 +829,146 @@ func TestRepeatMeetsAServerThatCannotTell(t *testing.T) {
 		t.Errorf("asked %d times, want 3", n)
 	}
 }
+
+const (
+	conflicts  = "The change conflicts with other data in the database"
+	breaksRule = "The change breaks a rule of the database"
+	notMade    = "The database did not make this change"
+)
+
+// ruleTrigger is a trigger name_rule on users that does body with a row named bad.
+func ruleTrigger(kind, when, row, body string) string {
+	return fmt.Sprintf(`CREATE FUNCTION name_rule() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN IF %[3]s.name = 'bad' THEN %[4]s; END IF; RETURN %[3]s; END $$;
+		CREATE %[1]s TRIGGER name_rule %[2]s FOR EACH ROW EXECUTE FUNCTION name_rule()`, kind, when, row, body)
+}
+
+// Others have added a rule to the table that a name breaks. Who breaks it is told so,
+// whoever shares the statement, and the log has the name of the rule.
+func TestRulesOfOthers(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, sql, logged string
+		status            int
+		message           string
+	}{
+		{"unique index", "CREATE UNIQUE INDEX name_rule ON users (name)", "name_rule", 409, conflicts},
+		{"deferred unique constraint", "ALTER TABLE users ADD CONSTRAINT name_rule UNIQUE (name) DEFERRABLE INITIALLY DEFERRED", "name_rule", 409, conflicts},
+		{"exclusion", "ALTER TABLE users ADD CONSTRAINT name_rule EXCLUDE USING btree (name WITH =)", "name_rule", 409, conflicts},
+		{"foreign key", `CREATE TABLE names (name varchar PRIMARY KEY); INSERT INTO names SELECT n FROM generate_series(10, 99) n;
+			ALTER TABLE users ADD CONSTRAINT name_rule FOREIGN KEY (name) REFERENCES names NOT VALID`, "name_rule", 409, conflicts},
+		{"check", "ALTER TABLE users ADD CONSTRAINT name_rule CHECK (name <> 'bad') NOT VALID", "name_rule", 422, breaksRule},
+		{"not null", "UPDATE users SET name = 'x'; ALTER TABLE users ADD name_rule text GENERATED ALWAYS AS (NULLIF(name, 'bad')) STORED NOT NULL", "name_rule", 422, breaksRule},
+		{"a shorter type", "ALTER TABLE users ALTER name TYPE varchar(2) USING 'x'", "character varying(2)", 422, breaksRule},
+		{"a trigger that fails to compute", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "PERFORM 1 / 0"), "division by zero", 422, breaksRule},
+		{"a trigger that raises", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "RAISE EXCEPTION 'the name_rule'"), "the name_rule", 422, breaksRule},
+		{"a deferred trigger that raises", ruleTrigger("CONSTRAINT", "AFTER INSERT OR UPDATE ON users DEFERRABLE INITIALLY DEFERRED", "NEW", "RAISE EXCEPTION 'the name_rule'"), "the name_rule", 422, breaksRule},
+		{"a trigger that skips", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "RETURN NULL"), "a trigger on the table has skipped the row", 422, notMade},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t)
+			before := s.call("POST", usersPath, `{"email":"before@example.com","name":"bad"}`, withKey("before")).user(t)
+			mustExec(t, s.db, test.sql)
+			refuse := func(a answer) {
+				t.Helper()
+				if a.status != test.status || a.body != errorBody(test.status, test.message) {
+					t.Errorf("got %d %s", a.status, a.body)
+				}
+			}
+			refuse(s.call("POST", usersPath, `{"email":"a@example.com","name":"bad"}`))
+			var logged bool
+			for _, line := range s.logged() {
+				text, _ := line["error"].(string)
+				logged = logged || line["status"] == float64(test.status) && strings.Contains(text, test.logged)
+			}
+			if !logged {
+				t.Errorf("the log does not say %q:\n%s", test.logged, s.log)
+			}
+			// What the key has made is there, rule or not; a key that was refused is unused.
+			if again := s.call("POST", usersPath, `{"email":"before@example.com","name":"bad"}`, withKey("before")).user(t); again["id"] != before["id"] {
+				t.Errorf("repeated: %v", again)
+			}
+			refuse(s.call("POST", usersPath, `{"email":"a@example.com","name":"bad"}`, withKey("k")))
+			s.call("POST", usersPath, `{"email":"a@example.com","name":"10"}`, withKey("k")).user(t)
+			wantError(t, s.call("POST", usersPath, `{"email":"A@example.com","name":"11"}`), 409, taken)
+
+			one := s.call("POST", usersPath, `{"email":"one@example.com","name":"12"}`)
+			path, tag := one.header.Get("Location"), one.header.Get("ETag")
+			refuse(s.call("PUT", path, `{"name":"bad"}`))
+			refuse(s.call("PUT", path, `{"name":"bad"}`, "If-Match: "+tag))
+			wantError(t, s.call("PUT", path, `{"name":"bad"}`, `If-Match: "1"`), 412, answers[kindPrecondition].message)
+			wantError(t, s.call("PUT", usersPath+"/"+noSuchID, `{"name":"bad"}`), 404, missing)
+			if got := s.call("GET", path, ""); got.body != one.body {
+				t.Errorf("refused, and yet now %s", got.body)
+			}
+
+			var wg sync.WaitGroup // many in a statement: each has its own answer
+			for i := range 80 {
+				wg.Go(func() {
+					good, address := fmt.Sprint(20+i%80), fmt.Sprintf("%d@example.com", i)
+					switch i % 4 {
+					case 0:
+						made := s.call("POST", usersPath, `{"email":"`+address+`","name":"`+good+`"}`)
+						made.user(t)
+						refuse(s.call("PUT", made.header.Get("Location"), `{"name":"bad"}`))
+						s.call("PUT", made.header.Get("Location"), `{"email":"new`+address+`"}`).user(t)
+					case 1:
+						refuse(s.call("POST", usersPath, `{"email":"`+address+`","name":"bad"}`))
+					case 2:
+						refuse(s.call("POST", usersPath, `{"email":"`+address+`","name":"bad"}`, withKey(address)))
+					case 3:
+						wantError(t, s.call("POST", usersPath, `{"email":"One@example.com","name":"`+good+`"}`), 409, taken)
+					}
+				})
+			}
+			wg.Wait()
+			if n := count(t, s.db, "SELECT count(*) FROM users"); n != 3+20 {
+				t.Errorf("%d users", n)
+			}
+		})
+	}
+}
+
+// The same for what others keep from being deleted.
+func TestRulesOfOthersOnDelete(t *testing.T) {
+	t.Parallel()
+	const orders = "CREATE TABLE orders (id uuid CONSTRAINT name_rule REFERENCES users %s); INSERT INTO orders SELECT id FROM users WHERE name = 'bad'"
+	for _, test := range []struct {
+		name, sql string
+		status    int
+		message   string
+	}{
+		{"foreign key", fmt.Sprintf(orders, ""), 409, conflicts},
+		{"restricting foreign key", fmt.Sprintf(orders, "ON DELETE RESTRICT"), 409, conflicts},
+		{"deferred foreign key", fmt.Sprintf(orders, "DEFERRABLE INITIALLY DEFERRED"), 409, conflicts},
+		{"a trigger that raises", ruleTrigger("", "BEFORE DELETE ON users", "OLD", "RAISE EXCEPTION 'no'"), 422, breaksRule},
+		{"a trigger that skips", ruleTrigger("", "BEFORE DELETE ON users", "OLD", "RETURN NULL"), 422, notMade},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t)
+			mustExec(t, s.db, `INSERT INTO users (id, email, name) SELECT ('00000000-0000-4000-8000-0000000000' || i)::uuid, i || '@example.com',
+				CASE WHEN i % 2 = 0 THEN 'bad' ELSE 'good' END FROM generate_series(10, 89) i`)
+			mustExec(t, s.db, test.sql)
+			path := func(i int) string { return fmt.Sprintf("%s/00000000-0000-4000-8000-0000000000%d", usersPath, i) }
+			wantError(t, s.call("DELETE", path(10), ""), test.status, test.message)
+			wantError(t, s.call("DELETE", path(10), "", "If-Match: "+s.call("GET", path(10), "").header.Get("ETag")), test.status, test.message)
+			wantError(t, s.call("DELETE", path(10), "", `If-Match: "1"`), 412, answers[kindPrecondition].message)
+			wantError(t, s.call("DELETE", path(90), ""), 404, missing)
+			var wg sync.WaitGroup
+			for i := 10; i < 90; i++ {
+				wg.Go(func() {
+					a := s.call("DELETE", path(i), "")
+					if i%2 != 0 && a.status != 200 || i%2 == 0 && a.body != errorBody(test.status, test.message) {
+						t.Errorf("DELETE %d: %d %s", i, a.status, a.body)
+					}
+				})
+			}
+			wg.Wait()
+			if n := count(t, s.db, "SELECT count(*) FROM users WHERE name = 'bad'"); n != 40 || count(t, s.db, "SELECT count(*) FROM users") != 40 {
+				t.Errorf("%d users are left, want 40", n)
+			}
+		})
+	}
+}

@@ -329,8 +329,6 @@ type preconditions struct {
 	match, noneMatch *string
 }
 
-func (p preconditions) some() bool { return p.match != nil || p.noneMatch != nil }
-
 // matched reports whether If-Match, if given, allows the version of the user.
 func (p preconditions) matched(u *user) bool {
 	return p.match == nil || holds(*p.match, u.version())
@@ -339,6 +337,14 @@ func (p preconditions) matched(u *user) bool {
 // noneMatched reports whether If-None-Match, if given, allows the version of the user.
 func (p preconditions) noneMatched(u *user) bool {
 	return p.noneMatch == nil || !holds(*p.noneMatch, u.version())
+}
+
+// whyNot returns why a write has left out a user who is there.
+func (p preconditions) whyNot(u *user) error {
+	if p.matched(u) && p.noneMatched(u) {
+		return errSkipped
+	}
+	return errPrecondition
 }
 
 // holds reports whether a list of comma-separated versions, or "*", has version.
