@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/lib/pq"
 	"github.com/lib/pq/pqerror"
@@ -72,7 +73,7 @@ const migrationLock = 0x726f6c6c63616c6c
 //
 // The error is a [*schemaError] where the database is not what the migrations
 // know it to be: a changed migration, somebody else's table, addresses that
-// collide.
+// collide, an encoding other than UTF8.
 func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.Logger) error {
 	tx, err := db.BeginTx(ctx, nil)
 	if refused := pq.As(err, pqerror.FeatureNotSupported); refused != nil {
@@ -85,9 +86,29 @@ func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.
 	}
 	defer tx.Rollback() // without effect after Commit
 
+	// A role's limits are meant for requests: to index a large table, or to wait for
+	// another replica that does, takes longer. PostgreSQL 17 has the last of them.
+	_, err = tx.ExecContext(ctx, `SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
+		SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'`)
+	if err != nil {
+		return err
+	}
+	var encoding, grant string
+	err = tx.QueryRowContext(ctx, `SELECT current_setting('server_encoding'),
+		format('GRANT CREATE ON SCHEMA %I TO %I', COALESCE(current_schema(), 'public'), current_user)`).Scan(&encoding, &grant)
+	if err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return &schemaError{fmt.Sprintf("the database is encoded in %s, which can't hold every name: "+
+			"make another one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move the users there", encoding)}
+	}
 	// The lock is the transaction's, not the session's, so that it also holds
 	// behind a pooler that changes the session with every transaction.
-	if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1)", int64(migrationLock)); err != nil {
+	waiting := logSlow(log, "waiting for another rollcall, which migrates")
+	_, err = tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1)", int64(migrationLock))
+	waiting.Stop()
+	if err != nil {
 		return err
 	}
 	applied, err := appliedMigrations(ctx, tx)
@@ -107,12 +128,18 @@ func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.
 			_, err := tx.ExecContext(ctx, `CREATE TABLE IF NOT EXISTS rollcall_migrations (
 				version integer PRIMARY KEY, title text NOT NULL, checksum text NOT NULL,
 				applied_at timestamptz NOT NULL DEFAULT now())`)
+			if refused := pq.As(err, pqerror.InsufficientPrivilege); refused != nil {
+				return &schemaError{refused.Message + ": as the owner of the schema, run " + grant}
+			}
 			if err != nil {
 				return err
 			}
 		}
 		// Without arguments the text goes out as it is, many statements at once.
-		if _, err := tx.ExecContext(ctx, m.text); err != nil {
+		migrating := logSlow(log, fmt.Sprintf("migration %d: %s", m.version, m.title))
+		_, err := tx.ExecContext(ctx, m.text)
+		migrating.Stop()
+		if err != nil {
 			return migrationFailure(m, err)
 		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO rollcall_migrations (version, title, checksum) VALUES ($1, $2, $3)",
@@ -134,6 +161,11 @@ func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.
 		}
 	}
 	return nil
+}
+
+// logSlow has the log say what is being done, if it is not stopped within 5 s.
+func logSlow(log *slog.Logger, what string) *time.Timer {
+	return time.AfterFunc(5*time.Second, func() { log.Info("still preparing the database", "step", what) })
 }
 
 // appliedMigrations returns the checksums of the recorded migrations by version.

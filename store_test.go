@@ -90,6 +90,73 @@ func TestAdoptOriginal(t *testing.T) {
 	}
 }
 
+// newDatabase makes a database that goes with the test, and returns a connection
+// string for role, with a pool for the test itself.
+func newDatabase(t *testing.T, options, role string) (databaseURL string, db *sql.DB) {
+	t.Helper()
+	_, admin := newSchema(t)
+	name := fmt.Sprintf("database_%d", schemas.Add(1))
+	mustExec(t, admin, "CREATE DATABASE "+name+" TEMPLATE template0 "+options)
+	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)") })
+	databaseURL = testDatabase(t).urlOf(name)
+	db, err := sql.Open("postgres", databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return databaseURL + " user=" + role, db
+}
+
+// A database that can't hold all names is refused, with what to do.
+func TestDatabaseWithoutUTF8(t *testing.T) {
+	t.Parallel()
+	for _, encoding := range []string{"LATIN1", "WIN1252", "EUC_JP", "SQL_ASCII"} {
+		t.Run(encoding, func(t *testing.T) {
+			t.Parallel()
+			databaseURL, db := newDatabase(t, "LOCALE 'C' ENCODING '"+encoding+"'", "rollcall")
+			err := runOnce(t, testEnv(databaseURL))
+			var refused *schemaError
+			if !errors.As(err, &refused) || !strings.Contains(err.Error(), encoding) || !strings.Contains(err.Error(), "ENCODING 'UTF8'") {
+				t.Errorf("run returned %v", err)
+			}
+			if n := count(t, db, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"); n != 0 {
+				t.Errorf("a refused start has made %d tables", n)
+			}
+		})
+	}
+}
+
+// A migration takes longer than the role's statements may, and waits for locks; the
+// log says what it is doing.
+func TestSlowMigration(t *testing.T) {
+	t.Parallel()
+	role := fmt.Sprintf("slow_%d", schemas.Add(1))
+	_, admin := newSchema(t)
+	mustExec(t, admin, "CREATE ROLE "+role+" LOGIN; ALTER ROLE "+role+" SET statement_timeout = '200ms'; ALTER ROLE "+role+
+		" SET lock_timeout = '100ms'; ALTER ROLE "+role+" SET idle_in_transaction_session_timeout = '200ms'")
+	t.Cleanup(func() { mustExec(t, admin, "DROP ROLE "+role) })
+	databaseURL, db := newDatabase(t, "OWNER "+role, role)
+	mustExec(t, db, originalSchema+"ALTER TABLE users OWNER TO "+role+"; ALTER SCHEMA public OWNER TO "+role)
+	locked := begin(t, db, "SELECT FROM users")
+	first := startService(t, testEnv(databaseURL))
+	if line := first.waitLog("still preparing the database"); line["step"] != "migration 2: an address belongs to one user, letter case ignored" {
+		t.Errorf("logged %v", line)
+	}
+	second := startService(t, testEnv(databaseURL))
+	if line := second.waitLog("still preparing the database"); line["step"] != "waiting for another rollcall, which migrates" {
+		t.Errorf("logged %v", line)
+	}
+	locked.Rollback()
+	for _, s := range []*service{first, second} {
+		s.waitReady()
+		for _, line := range s.logged() {
+			if line["msg"] == "waiting for PostgreSQL" {
+				t.Errorf("logged %v", line)
+			}
+		}
+	}
+}
+
 func TestAdoptCollidingAddresses(t *testing.T) {
 	t.Parallel()
 	databaseURL, db := newSchema(t)
@@ -636,8 +703,9 @@ func TestRoleWithoutRights(t *testing.T) {
 	mustExec(t, db, "GRANT USAGE ON SCHEMA "+schemaOf(t, databaseURL)+" TO "+role)
 	t.Cleanup(func() { mustExec(t, db, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
 	err := runOnce(t, testEnv(databaseURL+" user="+role))
-	if err == nil || !strings.Contains(err.Error(), "permission denied for schema") {
-		t.Errorf("run returned %v", err)
+	want := fmt.Sprintf("permission denied for schema %[1]s: as the owner of the schema, run GRANT CREATE ON SCHEMA %[1]s TO %[2]s", schemaOf(t, databaseURL), role)
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("run returned %v\nwant %s", err, want)
 	}
 }
 
