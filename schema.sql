@@ -4,7 +4,7 @@
 -- advisory lock (see migrate.go). A line "-- migration N: title" begins a
 -- migration; each is applied once and recorded with the checksum of its text.
 -- So a migration that has been released is never edited, comments included:
--- a change is a new migration at the end.
+-- a change is a new migration at the end. (The one exception is in migrate.go.)
 
 -- migration 1: the table of users
 
@@ -35,6 +35,7 @@ BEGIN
         SELECT 'demands ' || string_agg(attname, ', ' ORDER BY attname) INTO wrong
         FROM pg_attribute
         WHERE attrelid = 'users'::regclass AND attnum > 0 AND attnotnull AND NOT atthasdef AND NOT attisdropped
+            AND attidentity = '' AND atttypid NOT IN (SELECT oid FROM pg_type WHERE typdefault IS NOT NULL)
             AND attname NOT IN ('id', 'email', 'name', 'created_at', 'updated_at');
     END IF;
     IF wrong IS NULL AND NOT EXISTS (

@@ -146,7 +146,7 @@ func openStore(cfg config, log *slog.Logger) *store {
 
 // start connects, migrates and prepares. While PostgreSQL is not there, or does
 // not let us in, it waits, and says so in the log, until ctx ends. What waiting
-// does not cure is a [*schemaError].
+// does not cure is a [*schemaError], or a [usageError] where it is the connection.
 func (s *store) start(ctx context.Context) error {
 	migrations, err := parseMigrations(schemaSQL)
 	if err != nil {
@@ -167,6 +167,9 @@ func (s *store) start(ctx context.Context) error {
 		}
 		if refused := pq.As(err); refused != nil && !isUnavailable(err) && refused.Code.Class() != "28" && // not let in
 			refused.Code != pqerror.InvalidCatalogName { // no such database
+			if refused.Fatal() { // the connection, for what it was asked with
+				return usageError("DATABASE_URL: PostgreSQL refuses the connection: " + describe(refused))
+			}
 			return &schemaError{"PostgreSQL refuses: " + describe(refused)}
 		}
 		s.log.Warn("waiting for PostgreSQL", "error", err.Error(), "next_try", pause.String())
