@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -36,56 +38,86 @@ func TestDotenvTakes(t *testing.T) {
 		{"double quotes", `A=" it's # no comment "`, map[string]string{"A": " it's # no comment "}},
 		{"double quotes over lines", "A=\"a\nB=b\" # c\nC=c", map[string]string{"A": "a\nB=b", "C": "c"}},
 		{"escapes", `A="\n\r\t\"\\\$"`, map[string]string{"A": "\n\r\t\"\\$"}},
+		{"backslashes that begin no escape", `A="\d \/ C:\X\` + "\n\"", map[string]string{"A": `\d \/ C:\X\` + "\n"}},
 		{"no expansion", "A=$B\nB=${A}\nC=\"$(A)\"", map[string]string{"A": "$B", "B": "${A}", "C": "$(A)"}},
 		{"a comment close to a quote", `A='b'#c`, map[string]string{"A": "b"}},
 		{"beyond ASCII", "A=grüße\u00a0", map[string]string{"A": "grüße\u00a0"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			got, err := parseDotenv([]byte(test.file))
-			if err != nil || !maps.Equal(got, test.want) {
-				t.Errorf("got %q, %v, want %q", got, err, test.want)
+			got, skipped, err := parseDotenv([]byte(test.file))
+			if err != nil || !maps.Equal(got, test.want) || skipped != nil {
+				t.Errorf("got %q, %q, %v, want %q", got, skipped, err, test.want)
 			}
 		})
 	}
 }
 
-func TestDotenvRefuses(t *testing.T) {
+// What is wrong in a line of one of our variables is an error; with FOREIGN
+// instead of PORT, it is passed over, and the line after it is taken.
+func TestDotenvMistakes(t *testing.T) {
 	t.Parallel()
 	const name = ": expected NAME=value, where a name is letters, digits and _ and starts with no digit"
 	for _, test := range []struct{ file, want string }{
-		{"hunter2", "line 1" + name},
-		{"A=1\n# c\n\nhunter2", "line 4" + name},
-		{"A='\n\n'\nhunter2", "line 4" + name},
-		{"=hunter2", "line 1" + name},
-		{"1A=hunter2", "line 1" + name},
-		{"A-B=hunter2", "line 1" + name},
-		{"A B=hunter2", "line 1" + name},
-		{"ä=hunter2", "line 1" + name},
-		{"export A", "line 1" + name},
-		{"A: hunter2", "line 1" + name},
-		{"A=1\nB=2\nA=hunter2", "line 3: expected another name, A is set on line 1 already"},
-		{"A=1\nB='hunter2\n\n", "line 2: expected a closing ' for the one that opens here"},
-		{"A=1\nB=\"hunter2\n\n", `line 2: expected a closing " for the one that opens here`},
-		{`A="hunter2\`, `line 1: expected a closing " for the one that opens here`},
-		{`A="hunter2\"`, `line 1: expected a closing " for the one that opens here`},
-		{"A=\"a\nhunter2\\d\"", `line 2: expected \n, \r, \t, \", \\ or \$ where the backslash is`},
-		{"A=\"a\\\nhunter2\"", `line 1: expected \n, \r, \t, \", \\ or \$ where the backslash is`},
-		{"A='a' hunter2", "line 1: expected nothing but a comment after the closing quote"},
-		{"A='a\n'hunter2", "line 2: expected nothing but a comment after the closing quote"},
-		{"A='it''hunter2'", "line 1: expected nothing but a comment after the closing quote"},
-		{"A=1\nB=hunter2\x00", "line 2: expected UTF-8 text without NUL"},
-		{"A=1\nB=hunter2\xff", "line 2: expected UTF-8 text without NUL"},
-		{"\xff\xfeA\x00=\x001\x00", "line 1: expected UTF-8 text without NUL"},
-		{"A=" + strings.Repeat("a", maxDotenv), "expected at most 1048576 bytes"},
+		{"PORT", "line 1" + name},
+		{"PORT hunter2", "line 1" + name},
+		{"PORT: hunter2", "line 1" + name},
+		{"PORT hunter2=3000", "line 1" + name},
+		{"export PORT", "line 1" + name},
+		{"A=1\n# c\n\nPORT", "line 4" + name},
+		{"A='\n\n'\nPORT", "line 4" + name},
+		{"PORT=1\nB=2\nPORT=hunter2", "line 3: expected another name, PORT is set on line 1 already"},
+		{"A=1\nPORT='hunter2\n\n", "line 2: expected a closing ' for the one that opens here"},
+		{"A=1\nPORT=\"hunter2\n\n", `line 2: expected a closing " for the one that opens here`},
+		{`PORT="hunter2\`, `line 1: expected a closing " for the one that opens here`},
+		{`PORT="hunter2\"`, `line 1: expected a closing " for the one that opens here`},
+		{"PORT='a' hunter2", "line 1: expected nothing but a comment after the closing quote"},
+		{"PORT='a\n'hunter2", "line 2: expected nothing but a comment after the closing quote"},
+		{"PORT='it''hunter2'", "line 1: expected nothing but a comment after the closing quote"},
+		{"A=1\nPORT=hunter2\x00", "line 2: expected UTF-8 text without NUL"},
+		{"A=1\nPORT=hunter2\xff", "line 2: expected UTF-8 text without NUL"},
 	} {
 		t.Run(test.want, func(t *testing.T) {
 			t.Parallel()
-			_, err := parseDotenv([]byte(test.file))
+			_, _, err := parseDotenv([]byte(test.file))
 			if got := errorText(err); got != test.want {
 				t.Errorf("%.80q: got %q, want %q", test.file, got, test.want)
 			}
+			foreign := strings.ReplaceAll(test.file, "PORT", "FOREIGN") + "\nHOST=found"
+			values, skipped, err := parseDotenv([]byte(foreign))
+			want := strings.ReplaceAll(test.want, "PORT", "FOREIGN")
+			if err != nil || values["HOST"] != "found" || len(skipped) == 0 || skipped[0] != want {
+				t.Errorf("%.80q: got %q, %q, %v, want %q", foreign, values, skipped, err, want)
+			}
 		})
+	}
+	for file, want := range map[string]string{
+		"\xff\xfeA\x00=\x001\x00":             "expected UTF-8 text, not UTF-16",
+		"A=" + strings.Repeat("a", maxDotenv): "expected at most 1048576 bytes",
+	} {
+		if _, _, err := parseDotenv([]byte(file)); errorText(err) != want {
+			t.Errorf("%.80q: got %v, want %s", file, err, want)
+		}
+	}
+}
+
+// What another program's lines may look like.
+func TestDotenvOfOthers(t *testing.T) {
+	t.Parallel()
+	for _, other := range []string{
+		"hunter2", "=hunter2", "1A=hunter2", "A B=hunter2", "ä=hunter2", "MY-KEY=hunter2", "my.key=hunter2", "PORT.x=hunter2",
+		"DATABASE-URL=hunter2", "PORT2", "export FOO", "export A B", "- hunter2", "[PORT]", "include other.env",
+		"my.key='hunter2\nPORT=1\n'", "A=1\nA=2", "A='it's'", "A=\"hunter2", "A=\xe4", "MY-KEY=hunter2\x00",
+	} {
+		values, skipped, err := parseDotenv([]byte("\n" + other + "\nHOST=found"))
+		if err != nil || values["HOST"] != "found" || values["PORT"] != "" || len(skipped) != 1 ||
+			!strings.HasPrefix(skipped[0], "line ") || strings.Contains(skipped[0], "hunter2") {
+			t.Errorf("%q: got %q, %q, %v", other, values, skipped, err)
+		}
+	}
+	values, skipped, err := parseDotenv([]byte(strings.Repeat("{\n", 10_000) + "PORT=1"))
+	if err != nil || values["PORT"] != "1" || len(skipped) != maxSkipped+1 {
+		t.Errorf("a file that is no .env: got %q, %q, %v", values, skipped, err)
 	}
 }
 
@@ -108,9 +140,15 @@ func TestWithDotenv(t *testing.T) {
 	environment := map[string]string{"BOTH": "environment", "EMPTY": ""}
 	getenv := func(name string) string { return environment[name] }
 
-	merged, err := withDotenv(getenv, write("BOTH=file\nEMPTY=file\nFILE=file"))
-	if err != nil {
-		t.Fatal(err)
+	read := func(path string) (func(string) string, string, error) {
+		stderr := new(syncBuffer)
+		merged, err := withDotenv(getenv, path, stderr)
+		return merged, stderr.String(), err
+	}
+
+	merged, warning, err := read(write("BOTH=file\nEMPTY=file\nFILE=file"))
+	if err != nil || warning != "" {
+		t.Fatal(err, warning)
 	}
 	for name, want := range map[string]string{"BOTH": "environment", "EMPTY": "file", "FILE": "file", "NEITHER": ""} {
 		if got := merged(name); got != want {
@@ -118,22 +156,23 @@ func TestWithDotenv(t *testing.T) {
 		}
 	}
 
-	none, err := withDotenv(getenv, filepath.Join(t.TempDir(), ".env"))
+	none, _, err := read(filepath.Join(t.TempDir(), ".env"))
 	if err != nil || none("BOTH") != "environment" {
 		t.Errorf("a missing file: %v", err)
 	}
 	folder := t.TempDir()
-	if _, err := withDotenv(getenv, folder); errorText(err) != folder+": expected a file, found a directory" {
-		t.Errorf("a directory: %v", err)
+	if none, warning, err := read(folder); err != nil || none("BOTH") != "environment" ||
+		!strings.Contains(warning, "found a directory") || !strings.Contains(warning, folder) {
+		t.Errorf("a directory: %v, %s", err, warning)
 	}
-	if _, err := withDotenv(getenv, os.DevNull); errorText(err) != os.DevNull+": expected a regular file" {
+	if _, _, err := read(os.DevNull); errorText(err) != os.DevNull+": expected a regular file" {
 		t.Errorf("a device: %v", err)
 	}
-	broken := write("A=1\nhunter2\n")
-	if _, err := withDotenv(getenv, broken); !strings.HasPrefix(errorText(err), broken+": line 2: expected NAME=value") {
+	broken := write("A=1\nPORT\n")
+	if _, _, err := read(broken); !strings.HasPrefix(errorText(err), broken+": line 2: expected NAME=value") {
 		t.Errorf("a broken file: %v", err)
 	}
-	if _, err := withDotenv(getenv, write(strings.Repeat("#", maxDotenv+1))); !strings.HasSuffix(errorText(err), "expected at most 1048576 bytes") {
+	if _, _, err := read(write(strings.Repeat("#", maxDotenv+1))); !strings.HasSuffix(errorText(err), "expected at most 1048576 bytes") {
 		t.Errorf("a large file: %v", err)
 	}
 	if os.Getuid() > 0 { // root may read everything
@@ -141,21 +180,22 @@ func TestWithDotenv(t *testing.T) {
 		if err := os.Chmod(locked, 0); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := withDotenv(getenv, locked); !os.IsPermission(err) {
+		if _, _, err := read(locked); !os.IsPermission(err) {
 			t.Errorf("a file of somebody else: %v", err)
 		}
 	}
 }
 
-// FuzzDotenv checks that no file makes the parser panic, and that a quoted
-// value comes back as it was.
+// FuzzDotenv checks that no file makes the parser panic or is refused over what
+// is none of ours, that lines of others leave ours alone, and that a quoted value
+// comes back as it was.
 func FuzzDotenv(f *testing.F) {
-	for _, seed := range []string{"", "A=1 # c\r\nexport B='x\ny'\n", `A="\n\$\\"`, "A='", "\ufeff=", `it's "$so"\`, "\r", "#"} {
+	for _, seed := range []string{"", "A=1 # c\r\nexport B='x\ny'\n", `A="\n\$\\"`, "A='", "\ufeff=", `it's "$so"\`, "\r", "#", `A="\d\/`, "a-b=1", "PORT"} {
 		f.Add([]byte(seed), seed)
 	}
 	doubled := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\r", `\r`, "$", `\$`)
 	f.Fuzz(func(t *testing.T, file []byte, value string) {
-		values, err := parseDotenv(file)
+		values, skipped, err := parseDotenv(file)
 		if (err == nil) != (values != nil) {
 			t.Errorf("got %v and %v", values, err)
 		}
@@ -164,20 +204,29 @@ func FuzzDotenv(f *testing.F) {
 				t.Errorf("took the name %q", name)
 			}
 		}
+		ours := slices.ContainsFunc(variables, func(v variable) bool { return bytes.Contains(file, []byte(v.name)) })
+		if utf16 := bytes.HasPrefix(file, []byte("\xff\xfe")) || bytes.HasPrefix(file, []byte("\xfe\xff")); err != nil && !ours && !utf16 {
+			t.Errorf("refused over what is none of ours: %v", err)
+		}
+		if err == nil && !bytes.ContainsAny(file, `'"`) { // which may span lines
+			if got, _, err := parseDotenv(append(bytes.Clone(file), "\nSOUND=1"...)); err != nil || got["SOUND"] != "1" && values["SOUND"] == "" {
+				t.Errorf("after it, a sound line is lost: %v, %q", err, skipped)
+			}
+		}
 
 		if !utf8.ValidString(value) || strings.Contains(value, "\x00") {
 			return
 		}
 		want := map[string]string{"A": value, "B": "b"}
 		double := `A="` + doubled.Replace(value) + "\" # c\nB=b\n"
-		if got, err := parseDotenv([]byte(double)); err != nil || !maps.Equal(got, want) {
+		if got, _, err := parseDotenv([]byte(double)); err != nil || !maps.Equal(got, want) {
 			t.Errorf("%q: got %q, %v", double, got, err)
 		}
 		if strings.ContainsAny(value, "'\r") {
 			return
 		}
 		single := "export A='" + value + "'\nB=b"
-		if got, err := parseDotenv([]byte(single)); err != nil || !maps.Equal(got, want) {
+		if got, _, err := parseDotenv([]byte(single)); err != nil || !maps.Equal(got, want) {
 			t.Errorf("%q: got %q, %v", single, got, err)
 		}
 	})

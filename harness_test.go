@@ -35,6 +35,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
+	dotenvFile = "" // that of whoever runs the tests is none of theirs
 	os.Exit(runTests(m))
 }
 

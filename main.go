@@ -57,13 +57,7 @@ func main() {
 		os.Exit(1) // who asks twice does not want to wait
 	}()
 
-	getenv, err := withDotenv(os.Getenv, ".env")
-	if err != nil {
-		err = usageError(err.Error())
-	} else {
-		err = run(ctx, os.Args[1:], getenv, os.Stdout, os.Stderr)
-	}
-	if err != nil {
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintf(os.Stderr, "rollcall: %v\n", err)
 		if _, ok := errors.AsType[usageError](err); ok {
 			os.Exit(2)
@@ -109,7 +103,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case flags.NArg() == 0:
 		return serve(ctx, *dev, getenv, stdout, stderr)
 	case command == "token":
-		return printToken(flags.Args()[1:], getenv, stdout)
+		return printToken(flags.Args()[1:], getenv, stdout, stderr)
 	case flags.NArg() > 1:
 		return usageError(fmt.Sprintf("%s takes no arguments", command))
 	case command == "healthcheck":
@@ -195,6 +189,9 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	defer stop(nil)
 	manager, err := newManager(getenv)
 	if err != nil {
+		return usageError(err.Error())
+	}
+	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return usageError(err.Error())
 	}
 	var private *devDatabase
@@ -369,7 +366,7 @@ func listen(server *http.Server, listener net.Listener, conns *connections) erro
 }
 
 // printToken is the token command.
-func printToken(args []string, getenv func(string) string, stdout io.Writer) error {
+func printToken(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("rollcall token", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	sub := flags.String("sub", "", "")
@@ -389,14 +386,19 @@ func printToken(args []string, getenv func(string) string, stdout io.Writer) err
 		return usageError("token: -scope is empty: without a scope, a token may do everything; leave the flag out if that is meant")
 	case *ttl < time.Second:
 		return usageError("token: -ttl must be a second or more")
-	case getenv("JWT_SECRET") == "":
+	}
+	getenv, err := withDotenv(getenv, dotenvFile, stderr)
+	if err != nil {
+		return usageError(err.Error())
+	}
+	if getenv("JWT_SECRET") == "" {
 		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
 	}
 	secret := []byte(getenv("JWT_SECRET"))
 	if _, err := secretKey(secret); err != nil {
 		return usageError("JWT_SECRET: " + err.Error())
 	}
-	_, err := fmt.Fprintln(stdout, mintToken(secret, grant{subject: *sub, ttl: *ttl, scope: *scope,
+	_, err = fmt.Fprintln(stdout, mintToken(secret, grant{subject: *sub, ttl: *ttl, scope: *scope,
 		issuer: getenv("JWT_ISSUER"), audience: getenv("JWT_AUDIENCE")}, time.Now()))
 	return err
 }

@@ -161,6 +161,63 @@ func TestDotenvIsRead(t *testing.T) {
 	}
 }
 
+// A broken .env is an error for serving and token alone.
+func TestBrokenDotenv(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(dir+"/.env", []byte("\nPORT\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for args, want := range map[string]struct {
+		code   int
+		stderr string // a regular expression
+	}{
+		"":                {2, `^rollcall: \.env: line 2: expected NAME=value`},
+		"-dev":            {2, `^rollcall: \.env: line 2: expected NAME=value`},
+		"token -sub a":    {2, `^rollcall: \.env: line 2: expected NAME=value`},
+		"-h":              {0, `^$`},
+		"version":         {0, `^$`},
+		"token -h":        {0, `^$`},
+		"token":           {2, `-sub is missing`},
+		"-x":              {2, `-x`},
+		"serve":           {2, `no command "serve"`},
+		"healthcheck":     {1, `127.0.0.1:1/.*refused`},
+		"healthcheck two": {2, `healthcheck takes no arguments`},
+	} {
+		t.Run(args, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t, dir, map[string]string{"PORT": "1"}, strings.Fields(args)...)
+			if code := p.exit(); code != want.code || !regexp.MustCompile(want.stderr).MatchString(p.stderr.String()) {
+				t.Errorf("exit code %d, %q, want %d, %s", code, p.stderr, want.code, want.stderr)
+			}
+		})
+	}
+}
+
+// Other programs share the file: it starts, with a warning that says where.
+func TestDotenvIsShared(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	databaseURL, _ := newSchema(t)
+	const secret = "0123456789abcdef0123456789abcdef"
+	file := "export FOO\nspring.profiles-active=dev\nPATTERN=\"^\\d+\\/$\"\nTWICE=1\nTWICE=2\nPORT=0\nJWT_SECRET=" + secret + "\n" +
+		`DATABASE_URL="` + databaseURL + "\"\n"
+	if err := os.WriteFile(dir+"/.env", []byte(file), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := startProcess(t, dir, nil)
+	p.waitReady()
+	for _, want := range []string{`"level":"WARN"`, `"file":".env"`, "line 1: ", "line 2: ", "line 5: "} {
+		if first, _, _ := strings.Cut(p.stderr.String(), "\n"); !strings.Contains(first, want) {
+			t.Errorf("no %s in %s", want, first)
+		}
+	}
+	p = startProcess(t, dir, nil, "token", "-sub", "a")
+	if code := p.exit(); code != 0 || !strings.Contains(p.stderr.String(), "line 1: ") {
+		t.Errorf("token: exit code %d, %s", code, p.stderr)
+	}
+}
+
 // A signal in the middle of a request: it finishes, nobody new gets in, exit 0.
 func TestStopWithRequestInFlight(t *testing.T) {
 	t.Parallel()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -223,7 +224,7 @@ func TestManagerVariables(t *testing.T) {
 	if err := os.WriteFile(file, []byte(strings.Join(managerVariables, "=1\n")+"=1\nPORT=1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	getenv, err := withDotenv(func(string) string { return "" }, file)
+	getenv, err := withDotenv(func(string) string { return "" }, file, io.Discard)
 	if err != nil || getenv("PORT") != "1" {
 		t.Fatalf("PORT=%s, %v", getenv("PORT"), err)
 	}
