@@ -17,13 +17,11 @@ import (
 	"time"
 )
 
-// lib/pq looks at the PG variables by itself, so those of whoever runs the
-// tests would change what they find.
+// The PG variables of whoever runs the tests would change what they find. When a
+// test runs this binary as the program, they are what it tests.
 func init() {
-	for _, v := range os.Environ() {
-		if name, _, _ := strings.Cut(v, "="); strings.HasPrefix(name, "PG") || strings.HasPrefix(name, "SSLPG") {
-			os.Unsetenv(name)
-		}
+	if os.Getenv("ROLLCALL_TEST_MAIN") == "" {
+		unsetLibpq()
 	}
 }
 

@@ -22,6 +22,9 @@ const devDir = ".dev"
 // prepareDev makes up for what the environment does not set: a database, which
 // is started, and a secret. The database is nil if DATABASE_URL brings one.
 func prepareDev(ctx context.Context, getenv func(string) string, stderr io.Writer) (*devDatabase, func(string) string, error) {
+	if getenv("DATABASE_URL") == "" {
+		unsetLibpq()
+	}
 	// A mistake in the rest of the configuration is found before anything is made.
 	complete := map[string]string{"DATABASE_URL": "dbname=rollcall", "JWT_SECRET": strings.Repeat("x", minSecretBytes)}
 	if _, err := loadConfig(func(name string) string { return cmp.Or(getenv(name), complete[name]) }, true); err != nil {

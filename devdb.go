@@ -101,12 +101,26 @@ func startDevDatabase(ctx context.Context, dir string, settings ...string) (_ *d
 	return d, nil
 }
 
+// unsetLibpq removes the variables of libpq, which lib/pq reads by itself, from the
+// environment: none has a say in a private database. Some can't be overridden by a
+// connection string (PGHOSTADDR), or go before one (PGSERVICE).
+func unsetLibpq() {
+	for _, v := range os.Environ() {
+		if name, _, _ := strings.Cut(v, "="); isLibpq(name) {
+			os.Unsetenv(name)
+		}
+	}
+}
+
+// isLibpq reports whether a variable of the environment is one of libpq, or one of
+// the two that lib/pq calls otherwise (SSLPGMINPROTOCOLVERSION).
+func isLibpq(name string) bool { return strings.HasPrefix(strings.TrimPrefix(name, "SSL"), "PG") }
+
 // url returns the connection string for lib/pq.
 func (d *devDatabase) url() string { return d.urlOf("rollcall") }
 
 func (d *devDatabase) urlOf(database string) string {
 	host := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(d.sockets)
-	// The port and sslmode are there to override PGPORT and PGSSLMODE.
 	return fmt.Sprintf("host='%s' port=5432 user=rollcall dbname=%s sslmode=disable", host, database)
 }
 
@@ -258,14 +272,22 @@ func (d *devDatabase) refused(err error) error {
 // dataVersion returns the major version of the PostgreSQL that made the data, 0 if
 // there is none yet.
 func (d *devDatabase) dataVersion() (int, error) {
-	b, err := os.ReadFile(d.path("data/PG_VERSION"))
+	name := d.path("data/PG_VERSION")
+	b, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
-	}
-	if err != nil {
+		if files, _ := os.ReadDir(d.path("data")); len(files) == 0 {
+			return 0, nil
+		}
+	} else if err != nil {
 		return 0, err
 	}
-	return strconv.Atoi(strings.TrimSpace(string(b)))
+	major, _, _ := strings.Cut(strings.TrimSpace(string(b)), ".") // up to 9.6, a version was two numbers
+	version, err := strconv.Atoi(major)
+	if err != nil || version < 1 {
+		return 0, fmt.Errorf("%s is missing or damaged: it names the PostgreSQL that made the data, such as 15; "+
+			"restore the data from a copy, or move the folder away to start afresh", name)
+	}
+	return version, nil
 }
 
 // initialize makes the cluster.

@@ -309,6 +309,28 @@ func TestDevDatabaseOfOtherVersion(t *testing.T) {
 	}
 }
 
+func TestDevDatabaseDamaged(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]func(file string) error{
+		"empty":   func(file string) error { return os.WriteFile(file, nil, 0o600) },
+		"zeroes":  func(file string) error { return os.WriteFile(file, make([]byte, 3), 0o600) },
+		"no text": func(file string) error { return os.WriteFile(file, []byte("fifteen\n"), 0o600) },
+		"zero":    func(file string) error { return os.WriteFile(file, []byte("0\n"), 0o600) },
+		"missing": func(file string) error { return os.Mkdir(filepath.Join(filepath.Dir(file), "base"), 0o700) },
+	} {
+		dir := t.TempDir()
+		file := filepath.Join(dir, ".dev", "data", "PG_VERSION")
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), damage(file)); err != nil {
+			t.Fatal(err)
+		}
+		p := startProcess(t, dir, map[string]string{"PORT": "0"}, "-dev")
+		if code := p.exit(); code != 1 || !strings.Contains(p.stderr.String(), file+" is missing or damaged") ||
+			!strings.Contains(p.stderr.String(), "move the folder away") || strings.Contains(p.stderr.String(), "strconv") {
+			t.Errorf("%s: exit code %d, %s", name, code, p.stderr)
+		}
+	}
+}
+
 func TestDevDatabaseInterrupted(t *testing.T) {
 	t.Parallel()
 	checkLeaks(t)

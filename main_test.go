@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -443,6 +444,35 @@ func TestDev(t *testing.T) {
 		if _, err := os.Stat(dir + "/.dev/data/postmaster.pid"); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("PostgreSQL was not stopped: %v", err)
 		}
+	}
+}
+
+// libpqVariables are those of PostgreSQL's manual, section 34.15, of its server and of
+// lib/pq, each with a value that would do harm.
+var libpqVariables = map[string]string{
+	"PGHOST": "127.0.0.9", "PGHOSTADDR": "127.0.0.9", "PGPORT": "1", "PGDATABASE": "other", "PGUSER": "other", "PGPASSWORD": "other",
+	"PGPASSFILE": "/dev/null", "PGSERVICE": "missing", "PGSERVICEFILE": "/dev/null", "PGSYSCONFDIR": "/", "PGLOCALEDIR": "/",
+	"PGOPTIONS": "-c default_transaction_read_only=on", "PGAPPNAME": "other", "PGCONNECT_TIMEOUT": "soon", "PGCLIENTENCODING": "LATIN1",
+	"PGDATESTYLE": "German", "PGTZ": "nowhere", "PGGEQO": "maybe", "PGTARGETSESSIONATTRS": "standby", "PGLOADBALANCEHOSTS": "maybe",
+	"PGREQUIREAUTH": "none", "PGCHANNELBINDING": "require", "PGREQUIREPEER": "other", "PGREQUIRESSL": "1", "PGSSLMODE": "verify-full",
+	"PGSSLNEGOTIATION": "direct", "PGSSLCOMPRESSION": "1", "PGSSLCERT": "/dev/null", "PGSSLKEY": "/dev/null", "PGSSLCERTMODE": "require",
+	"PGSSLROOTCERT": "system", "PGSSLCRL": "/dev/null", "PGSSLCRLDIR": "/dev/null", "PGSSLSNI": "maybe", "PGSSLKEYLOGFILE": "/dev/null",
+	"PGSSLMINPROTOCOLVERSION": "TLSv9", "PGSSLMAXPROTOCOLVERSION": "TLSv0", "SSLPGMINPROTOCOLVERSION": "TLSv9", "SSLPGMAXPROTOCOLVERSION": "TLSv0",
+	"PGMINPROTOCOLVERSION": "9.9", "PGMAXPROTOCOLVERSION": "0.0", "PGGSSENCMODE": "require", "PGGSSLIB": "sspi", "PGGSSDELEGATION": "1",
+	"PGKRBSRVNAME": "other", "PGREALM": "other", "PGDATA": "/dev/null",
+}
+
+// No variable of libpq has a say in the private PostgreSQL.
+func TestDevWithoutLibpq(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"PORT": "0", "AUTH": "off"}
+	maps.Copy(env, libpqVariables)
+	p := startProcess(t, t.TempDir(), env, "-dev")
+	p.waitReady()
+	newUser(&service{t: t, url: p.url}, "a@example.com")
+	p.cmd.Process.Signal(os.Interrupt)
+	if code := p.exit(); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
 
