@@ -23,6 +23,7 @@ import (
 type config struct {
 	databaseURL string    // as given; may hold a password, so it is never logged
 	database    pq.Config // the same, parsed, with rollcall's own defaults filled in
+	warning     string    // what it asks for in vain; to be logged
 
 	host string // where to listen: an IP address without brackets, or a host name
 	port int    // 0 takes a free one
@@ -66,7 +67,7 @@ var variables = []variable{
 	{name: "DATABASE_URL", secret: true, help: "required: postgres://user:password@host:5432/database",
 		set: func(c *config, v string) (err error) {
 			c.databaseURL = v
-			c.database, err = parseDatabaseURL(v)
+			c.database, c.warning, err = parseDatabaseURL(v)
 			return err
 		}},
 	{name: "HOST", byDefault: "0.0.0.0", help: "address to listen on (127.0.0.1 with -dev)",

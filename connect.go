@@ -79,6 +79,19 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	dial := &dialer{patience: c.patience, connecting: true}
 	one.Dialer(dial)
 	made, err := one.Connect(ctx)
+	if c.database.SSLMode == pq.SSLModePrefer && pq.As(err, pqerror.InvalidAuthorizationSpecification) != nil {
+		// pg_hba.conf may admit us without TLS alone (hostnossl). As libpq does, try
+		// that too; the other way round, for sslmode=allow, lib/pq does by itself.
+		plain := c.database
+		plain.SSLMode = pq.SSLModeDisable
+		refused := err
+		if one, err = pq.NewConnectorConfig(plain); err == nil {
+			one.Dialer(dial)
+			if made, err = one.Connect(ctx); err != nil {
+				err = errors.Join(refused, err)
+			}
+		}
+	}
 	dial.connecting = false
 	if err != nil {
 		dial.closeLast()

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"net/url"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -28,32 +29,36 @@ var errDatabaseURL = errors.New("not shown, for it may hold a password; it takes
 	"; in a URL, special characters of the password are percent-encoded (@ as %40, / as %2F, # as %23), " +
 	"in the second form a value with spaces stands in single quotes")
 
-// parseDatabaseURL returns what to connect with. It takes all that lib/pq takes
-// and in addition what libpq, and so psql, understands in a URL. What neither
-// raw nor the PG variables of the environment settle is settled for a service:
-// sslmode=prefer as libpq has it, a connect_timeout, and a name to be
+// parseDatabaseURL returns what to connect with, and a warning or "". It takes all
+// that lib/pq takes and in addition what libpq, and so psql, understands in a URL.
+// What neither raw nor the PG variables of the environment settle is settled for a
+// service: sslmode=prefer as libpq has it, a connect_timeout, and a name to be
 // recognized by. Its errors never quote raw, unless a setting outside the
 // password is at fault.
-func parseDatabaseURL(raw string) (pq.Config, error) {
+func parseDatabaseURL(raw string) (cfg pq.Config, warning string, err error) {
 	if !utf8.ValidString(raw) {
-		return pq.Config{}, errDatabaseURL
+		return pq.Config{}, "", errDatabaseURL
 	}
 	dsn, mayQuote := raw, true
-	if rest, ok := cutScheme(strings.TrimSpace(raw)); ok {
+	trimmed := strings.TrimSpace(raw) // only of a URL: in the other form, a space at the end may be an escaped one
+	if strings.HasPrefix(trimmed, `"`) || strings.HasPrefix(trimmed, "'") {
+		return pq.Config{}, "", errors.New("not shown, for it may hold a password; it begins with a quote: leave the quotes out, " +
+			"docker's --env-file and others take them for a part of the value")
+	}
+	if rest, ok := cutScheme(trimmed); ok {
 		settings, err := parsePostgresURL(rest)
 		if err != nil {
-			return pq.Config{}, err
+			return pq.Config{}, "", err
 		}
 		dsn = keywordString(settings)
 		_, query, _ := strings.Cut(rest, "?")
 		mayQuote = !strings.Contains(query, "@") // else it may begin with the end of a password that has a bare ?
 	}
-	cfg, err := pq.NewConfig(dsn)
-	if err != nil {
-		return pq.Config{}, explain(err, dsn, mayQuote)
+	if cfg, err = newPQConfig(dsn); err != nil {
+		return pq.Config{}, "", explain(err, dsn, mayQuote)
 	}
-	if err := checkDatabase(cfg); err != nil {
-		return pq.Config{}, err
+	if warning, err = checkDatabase(&cfg); err != nil {
+		return pq.Config{}, "", err
 	}
 	if cfg.SSLMode == "" && cfg.SSLNegotiation != pq.SSLNegotiationDirect { // direct is TLS or nothing
 		cfg.SSLMode = pq.SSLModePrefer
@@ -64,8 +69,26 @@ func parseDatabaseURL(raw string) (pq.Config, error) {
 		cfg.ConnectTimeout = 5 * time.Second
 	}
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "rollcall")
-	return cfg, nil
+	return cfg, warning, nil
 }
+
+// newPQConfig is [pq.NewConfig] in an environment without those variables of libpq
+// that are empty or ask for what is the case anyway, over which lib/pq would refuse.
+// PGCHANNELBINDING is left to [checkDatabase].
+func newPQConfig(dsn string) (pq.Config, error) {
+	for _, v := range os.Environ() {
+		name, value, _ := strings.Cut(v, "=")
+		if isLibpq(name) && (value == "" || name == "PGCHANNELBINDING" || isIdle(envSetting(name), value)) {
+			os.Unsetenv(name)
+			defer os.Setenv(name, value)
+		}
+	}
+	return pq.NewConfig(dsn)
+}
+
+// isLibpq reports whether a variable of the environment is one of libpq, or one of
+// the two that lib/pq calls otherwise (SSLPGMINPROTOCOLVERSION).
+func isLibpq(name string) bool { return strings.HasPrefix(strings.TrimPrefix(name, "SSL"), "PG") }
 
 func cutScheme(s string) (rest string, ok bool) {
 	if rest, ok = strings.CutPrefix(s, "postgres://"); !ok {
@@ -106,17 +129,24 @@ func parsePostgresURL(rest string) (map[string]string, error) {
 	if settings["host"], settings["port"], err = parseHosts(hosts); err != nil {
 		return nil, err
 	}
-	values, err := url.ParseQuery(query)
-	if err != nil {
-		return nil, errDatabaseURL
-	}
-	for name := range values {
-		if value := values.Get(name); name == "ssl" && value == "true" { // what JDBC writes
-			settings["sslmode"] = "require"
-		} else if value != "" {
+	ssl := ""
+	for pair := range strings.SplitSeq(query, "&") { // of a setting given twice, the last counts
+		name, value, _ := strings.Cut(pair, "=")
+		if name, err = url.QueryUnescape(name); err != nil || strings.Contains(pair, ";") {
+			return nil, errDatabaseURL
+		}
+		if value, err = url.QueryUnescape(value); err != nil {
+			return nil, errDatabaseURL
+		}
+		switch {
+		case value == "":
+		case name == "ssl" && (value == "true" || value == "false"):
+			ssl = map[string]string{"true": "require", "false": "disable"}[value]
+		default:
 			settings[name] = value // over what stands in front of the question mark, as libpq does
 		}
 	}
+	settings["sslmode"] = cmp.Or(settings["sslmode"], ssl) // ssl is what JDBC and others write; sslmode says it more exactly
 	for name, value := range settings {
 		if !settingName.MatchString(name) || !utf8.ValidString(value) || strings.Contains(value, "\x00") {
 			return nil, errDatabaseURL
@@ -183,45 +213,97 @@ const soundSettings = " sslmode=disable sslnegotiation=postgres sslrootcert='' s
 // don't, dsn is malformed, and err may quote any piece of it.
 func explain(err error, dsn string, mayQuote bool) error {
 	reason := strings.TrimPrefix(err.Error(), "pq: ")
-	if _, envErr := pq.NewConfig("service=''"); envErr != nil && envErr.Error() == err.Error() {
+	if _, envErr := newPQConfig("service=''"); envErr != nil && envErr.Error() == err.Error() {
 		return fmt.Errorf("can't be used together with the environment: %s", reason)
 	}
-	if _, cured := pq.NewConfig(dsn + soundSettings); cured == nil && mayQuote {
+	if _, cured := newPQConfig(dsn + soundSettings); cured == nil && mayQuote {
 		return fmt.Errorf("refused: %s", reason)
 	}
-	if _, cured := pq.NewConfig(dsn + " service=''"); cured == nil {
+	if _, cured := newPQConfig(dsn + " service=''"); cured == nil {
 		return errors.New("names a service that the service file (PGSERVICEFILE) lacks or describes wrongly")
 	}
 	return errDatabaseURL
 }
 
-// libpqOnly are settings of libpq that lib/pq would send to the server, which
-// refuses every connection over them.
-var libpqOnly = []string{"channel_binding", "gssdelegation", "gssencmode", "gsslib", "keepalives",
-	"keepalives_count", "keepalives_idle", "keepalives_interval", "require_auth", "requirepeer",
-	"requiressl", "scram_client_key", "scram_server_key", "servicefile", "sslcertmode",
-	"sslcompression", "sslcrl", "sslcrldir", "sslkeylogfile", "sslpassword", "tcp_user_timeout"}
+// libpqOnly are the settings of libpq that lib/pq lacks: it refuses their variables,
+// and would send the settings to the server, which refuses every connection over
+// them. Each has the values, if any, that ask for what is the case anyway.
+var libpqOnly = map[string][]string{
+	"channel_binding":     {"disable", "prefer"},
+	"gssdelegation":       {"0"},
+	"gssencmode":          {"disable", "prefer"},
+	"gsslib":              {"gssapi"},
+	"keepalives":          {"1"}, // Go's are on
+	"keepalives_count":    {"0"}, // as the system has it
+	"keepalives_idle":     {"0"},
+	"keepalives_interval": {"0"},
+	"krbsrvname":          {"postgres"},
+	"require_auth":        nil,
+	"requirepeer":         nil,
+	"requiressl":          {"0"},
+	"scram_client_key":    nil,
+	"scram_server_key":    nil,
+	"servicefile":         nil,
+	"sslcertmode":         {"allow"},
+	"sslcompression":      {"0"},
+	"sslcrl":              nil,
+	"sslcrldir":           nil,
+	"sslkeylogfile":       nil,
+	"sslpassword":         nil,
+	"tcp_user_timeout":    {"0"},
+}
+
+// isIdle reports whether a setting of libpq asks for what is the case anyway.
+func isIdle(name, value string) bool { return slices.Contains(libpqOnly[name], value) }
+
+// envSetting returns the one of [libpqOnly] that a variable stands for, or "".
+func envSetting(variable string) string {
+	for name := range libpqOnly {
+		if variable == "PG"+strings.ToUpper(strings.ReplaceAll(name, "_", "")) {
+			return name
+		}
+	}
+	return ""
+}
 
 // checkDatabase refuses what lib/pq takes without a word but would fail, or
-// harm, at the first connection.
-func checkDatabase(cfg pq.Config) error {
+// harm, at the first connection, and takes out of cfg what does nothing.
+func checkDatabase(cfg *pq.Config) (warning string, err error) {
+	binding := cmp.Or(cfg.Runtime["channel_binding"], os.Getenv("PGCHANNELBINDING"))
+	if binding == "require" {
+		delete(cfg.Runtime, "channel_binding")
+		switch cfg.SSLMode {
+		case "", pq.SSLModeAllow, pq.SSLModePrefer:
+			cfg.SSLMode = pq.SSLModeRequire // without TLS there would be nothing to bind to
+		}
+		if cfg.SSLMode != pq.SSLModeVerifyFull {
+			warning = "channel_binding=require: the driver, lib/pq, has no channel binding, so nothing proves that the server is the right one; " +
+				"sslmode=verify-full does"
+		}
+	} else if _, given := cfg.Runtime["channel_binding"]; !given && binding != "" && !isIdle("channel_binding", binding) {
+		return "", errors.New("can't be used together with the environment: wrong value for $PGCHANNELBINDING; it takes disable, prefer or require")
+	}
 	for _, name := range slices.Sorted(maps.Keys(cfg.Runtime)) {
 		if !settingName.MatchString(name) {
 			// Such as mysql://user:password@host/?ssl=1, of which everything
 			// before the = is a name.
-			return errDatabaseURL
+			return "", errDatabaseURL
 		}
-		if slices.Contains(libpqOnly, name) {
-			return fmt.Errorf("has the setting %s, which libpq knows but lib/pq does not: leave it out", name)
+		if _, ok := libpqOnly[name]; !ok {
+			continue
 		}
+		if value := cfg.Runtime[name]; value != "" && !isIdle(name, value) {
+			return "", fmt.Errorf("has the setting %s, which libpq knows but lib/pq does not: leave it out", name)
+		}
+		delete(cfg.Runtime, name)
 	}
 	socket := func(host string, addr netip.Addr) bool {
 		return !addr.IsValid() && (filepath.IsAbs(host) || strings.HasPrefix(host, "@"))
 	}
 	for _, other := range cfg.Multi {
 		if socket(cfg.Host, cfg.Hostaddr) && !socket(other.Host, other.Hostaddr) {
-			return errors.New("has a unix socket in front of other hosts, which then go without TLS: put it last")
+			return "", errors.New("has a unix socket in front of other hosts, which then go without TLS: put it last")
 		}
 	}
-	return nil
+	return warning, nil
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"database/sql"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -62,7 +64,23 @@ func TestDatabaseURLTakes(t *testing.T) {
 		{"postgres://al@%2Ftmp:5433/app", "al||/tmp:5433|app|disable"},
 		{"postgres://al@h1:5433/app?host=h2&port=5434", "al||h2:5434|app|prefer"},
 		{"postgres://al@db/app?ssl=true", "al||db:5432|app|require"},
+		{"postgres://al@db/app?ssl=false", "al||db:5432|app|disable"},
+		{"postgres://al@db/app?sslmode=verify-full&ssl=true", "al||db:5432|app|verify-full"},
+		{"postgres://al@db/app?sslmode=disable&sslmode=require", "al||db:5432|app|require"},
+		{"postgres://al@db/app?sslmode=require&sslmode=", "al||db:5432|app|require"},
+		{"postgres://al@db/app?password=a&password=b&host=h1&host=h2", "al|b|h2:5432|app|prefer"},
 		{"postgres://al@h1,%2Ftmp/app", "al||h1:5432,/tmp:5432|app|prefer"},
+
+		// What asks for what is the case anyway.
+		{"postgres://al@db/app?gssencmode=disable&channel_binding=prefer&keepalives=1&sslcompression=0&sslcertmode=allow", "al||db:5432|app|prefer"},
+		{"user=al host=db gssencmode=prefer channel_binding=disable keepalives_idle=0 tcp_user_timeout=0 sslcrl=''", "al||db:5432||prefer"},
+
+		// What no driver in Go has, but TLS can make up for.
+		{"postgres://al@db/app?channel_binding=require", "al||db:5432|app|require"},
+		{"postgres://al@db/app?sslmode=prefer&channel_binding=require", "al||db:5432|app|require"},
+		{"postgres://al@db/app?sslmode=require&channel_binding=require", "al||db:5432|app|require"},
+		{"postgres://al@db/app?sslmode=verify-full&channel_binding=require", "al||db:5432|app|verify-full"},
+		{"user=al host=db channel_binding=require", "al||db:5432||require"},
 
 		// Special characters, as they are where nothing else is possible.
 		{"postgres://al%40corp:%3A%2F%3F%23%5B%5D%40%25%20%2B%27%22%5C@db/app", `al@corp|:/?#[]@% +'"\|db:5432|app|prefer`},
@@ -73,9 +91,17 @@ func TestDatabaseURLTakes(t *testing.T) {
 	} {
 		t.Run(test.raw, func(t *testing.T) {
 			t.Parallel()
-			cfg, err := parseDatabaseURL(test.raw)
+			cfg, warning, err := parseDatabaseURL(test.raw)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if want := strings.Contains(test.raw, "channel_binding=require") && !strings.Contains(test.raw, "verify-full"); strings.Contains(warning, "channel") != want {
+				t.Errorf("the warning is %q", warning)
+			}
+			for name := range cfg.Runtime { // the server would refuse what it does not know
+				if name != "search_path" {
+					t.Errorf("%s is sent to the server", name)
+				}
 			}
 			if got := describeDatabase(cfg); got != test.want {
 				t.Errorf("got %s, want %s", got, test.want)
@@ -96,7 +122,7 @@ func TestDatabaseURLDefaults(t *testing.T) {
 		{"user=al host=db connect_timeout=0 fallback_application_name=mine", 5 * time.Second, "mine"},
 		{"postgres://al@db?connect_timeout=60&application_name=mine", time.Minute, "mine"},
 	} {
-		cfg, err := parseDatabaseURL(test.raw)
+		cfg, _, err := parseDatabaseURL(test.raw)
 		if err != nil || cfg.ConnectTimeout != test.timeout || cfg.ApplicationName != test.name {
 			t.Errorf("%s: got %v, %q, %v", test.raw, cfg.ConnectTimeout, cfg.ApplicationName, err)
 		}
@@ -136,7 +162,9 @@ func TestDatabaseURLRefuses(t *testing.T) {
 		// Another system's URL has one = and so looks like a setting to lib/pq.
 		{"mysql://al:hunter2@db/app?ssl=1", hidden},
 		{"jdbc:postgresql://db/app?password=hunter2", hidden},
-		{`"postgres://al:hunter2@db/app?sslmode=disable"`, hidden},
+		{`"postgres://al:hunter2@db/app?sslmode=disable"`, "not shown, for it may hold a password; it begins with a quote: leave the quotes out"},
+		{`'postgres://al:hunter2@db/app'`, "not shown, for it may hold a password; it begins with a quote: leave the quotes out"},
+		{`"user=al password=hunter2"`, "not shown, for it may hold a password; it begins with a quote: leave the quotes out"},
 		{"POSTGRES://al:hunter2@db/app?sslmode=disable", hidden},
 
 		// What is wrong beside the password is said.
@@ -147,13 +175,14 @@ func TestDatabaseURLRefuses(t *testing.T) {
 		{"user=al password=hunter2 target_session_attrs=master", `refused: wrong value for "target_session_attrs": "master"`},
 		{"postgres://al:hunter2@db/app?sslnegotiation=direct&sslmode=prefer", `refused: weak sslmode "prefer" may not be used with sslnegotiation=direct`},
 		{"postgres://al:hunter2@db/app?sslrootcert=system&sslmode=require", `refused: weak sslmode "require" may not be used with sslrootcert=system`},
-		{"postgres://al:hunter2@db/app?channel_binding=require", "has the setting channel_binding, which libpq knows but lib/pq does not"},
-		{"user=al password=hunter2 keepalives=1", "has the setting keepalives, which"},
+		{"postgres://al:hunter2@db/app?channel_binding=hunter2", "has the setting channel_binding, which libpq knows but lib/pq does not"},
+		{"postgres://al:hunter2@db/app?gssencmode=require", "has the setting gssencmode, which libpq knows but lib/pq does not"},
+		{"user=al password=hunter2 keepalives=0", "has the setting keepalives, which"},
 		{"postgres://al:hunter2@%2Ftmp,db/app", "has a unix socket in front of other hosts"},
 	} {
 		t.Run(test.raw, func(t *testing.T) {
 			t.Parallel()
-			cfg, err := parseDatabaseURL(test.raw)
+			cfg, _, err := parseDatabaseURL(test.raw)
 			if got := errorText(err); !strings.HasPrefix(got, test.want) || (err == nil) != (test.want == "") {
 				t.Errorf("got %s, %q, want %q", describeDatabase(cfg), got, test.want)
 			}
@@ -179,7 +208,21 @@ func TestDatabaseURLAndPGVariables(t *testing.T) {
 		{"PGHOST=db", "postgres://al@/app", "al||db:5432|app|prefer", ""},
 		{"PGPORT=5433", "postgres://al@db/app", "al||db:5433|app|prefer", ""},
 		{"PGPORT=5433", "postgres://al@h1,h2/app", "al||h1:5433,h2:5433|app|prefer", ""},
-		{"PGPORT=", "postgres://al@db", "", `can't be used together with the environment: wrong value for $PGPORT: `},
+		{"PGPORT=", "postgres://al@db", "al||db:5432||prefer", ""},
+		{"PGSSLMODE=", "postgres://al@db", "al||db:5432||prefer", ""},
+		{"PGHOSTADDR=", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGCONNECT_TIMEOUT=", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGSSLCRL=", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGREQUIREPEER=", "user=al host=db", "al||db:5432||prefer", ""},
+		{"SSLPGMINPROTOCOLVERSION=", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGGSSENCMODE=disable", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGGSSENCMODE=require", "user=al host=db", "", `can't be used together with the environment: environment variable $PGGSSENCMODE`},
+		{"PGCHANNELBINDING=prefer", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGCHANNELBINDING=require", "user=al host=db", "al||db:5432||require", ""},
+		{"PGCHANNELBINDING=require", "user=al host=db channel_binding=prefer", "al||db:5432||prefer", ""},
+		{"PGCHANNELBINDING=on", "user=al host=db", "", `can't be used together with the environment: wrong value for $PGCHANNELBINDING`},
+		{"PGKRBSRVNAME=postgres", "user=al host=db", "al||db:5432||prefer", ""},
+		{"PGSSLCOMPRESSION=0", "user=al host=db", "al||db:5432||prefer", ""},
 		{"PGSSLMODE=on", "postgres://al@db", "", `can't be used together with the environment: wrong value for $PGSSLMODE: "on"`},
 		{"PGREQUIREPEER=x", "postgres://al@db", "", `can't be used together with the environment: environment variable $PGREQUIREPEER`},
 		{"PGSERVICEFILE=" + service, "user=al service=sound", "al||db:5432||prefer", ""},
@@ -189,13 +232,70 @@ func TestDatabaseURLAndPGVariables(t *testing.T) {
 		t.Run(test.env+" "+test.raw, func(t *testing.T) {
 			name, value, _ := strings.Cut(test.env, "=")
 			t.Setenv(name, value)
-			cfg, err := parseDatabaseURL(test.raw)
+			cfg, _, err := parseDatabaseURL(test.raw)
 			if got := errorText(err); !strings.HasPrefix(got, test.wantErr) || (err == nil) != (test.wantErr == "") || strings.Contains(got, "hunter2") {
 				t.Fatalf("got %q, want %q", got, test.wantErr)
 			}
 			if got := describeDatabase(cfg); err == nil && got != test.want {
 				t.Errorf("got %s, want %s", got, test.want)
 			}
+			if os.Getenv(name) != value {
+				t.Errorf("%s has become %q", name, os.Getenv(name))
+			}
+		})
+	}
+}
+
+// Whatever pg_hba.conf asks for, the service starts as psql would connect.
+func TestSSLModes(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, freePort(t))
+	if err := n.initialize(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile := writeCertificate(t, n.path("data"), "rollcall.test")
+	access := "host all rollcall 127.0.0.1/32 trust\nhostnossl all plain 127.0.0.1/32 trust\nhostssl all secure 127.0.0.1/32 trust\n"
+	conf := "ssl = on\nssl_cert_file = 'cert.pem'\nssl_key_file = 'key.pem'\n"
+	err := errors.Join(n.own(certFile), n.own(keyFile), os.WriteFile(n.path("data/pg_hba.conf"), []byte(access), 0o600),
+		os.WriteFile(n.path("data/postgresql.auto.conf"), []byte(conf), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.serve()
+	admin, err := sql.Open("postgres", "postgres://rollcall@127.0.0.1:"+n.port+"/postgres?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close()
+	waitFor(t, "PostgreSQL", func() bool { return admin.Ping() == nil })
+	mustExec(t, admin, "CREATE ROLE plain SUPERUSER LOGIN; CREATE ROLE secure SUPERUSER LOGIN")
+	verified := "host=rollcall.test hostaddr=127.0.0.1 user=secure sslmode=verify-full sslrootcert=" + certFile
+	for _, test := range []struct {
+		settings     string
+		tls, warning bool
+	}{
+		{"host=127.0.0.1 user=plain", false, false},
+		{"host=127.0.0.1 user=plain sslmode=allow", false, false},
+		{"host=127.0.0.1 user=secure", true, false},
+		{"host=127.0.0.1 user=secure sslmode=allow", true, false},
+		{"host=127.0.0.1 user=secure sslmode=require channel_binding=require", true, true},
+		{verified + " channel_binding=require", true, false},
+	} {
+		s := startService(t, testEnv(test.settings+" dbname=postgres port="+n.port))
+		s.waitReady()
+		var tls bool
+		if err := admin.QueryRow("SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'rollcall'").Scan(&tls); err != nil || tls != test.tls {
+			t.Errorf("%s: with TLS %t, %v", test.settings, tls, err)
+		}
+		if warned := strings.Contains(s.log.String(), `"level":"WARN","msg":"DATABASE_URL: channel_binding=require`); warned != test.warning {
+			t.Errorf("%s: a warning %t", test.settings, warned)
+		}
+		s.stop()
+		s.done <- <-s.done
+		waitFor(t, "the connections to end", func() bool {
+			var left int
+			err := admin.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'rollcall'").Scan(&left)
+			return err == nil && left == 0
 		})
 	}
 }
@@ -205,7 +305,7 @@ func TestDatabaseURLAndPGVariables(t *testing.T) {
 func FuzzDatabaseURL(f *testing.F) {
 	for _, seed := range []struct{ password, tail string }{
 		{"", ""}, {`:/?#[]@!$&'()*+,;= %"\`, "?sslmode=on"}, {"1?sslmode=x", "?a=b"}, {"1/", "?host=/tmp&x=@"}, {"%00", ":5432/app"},
-		{"a b", " sslmode=on"}, {"@h/db?port=x", ",h2:5433"}, {"'", "#"}, {"\n\xff", "?service=x"},
+		{"", "?ssl=false&channel_binding=require&gssencmode=disable"}, {"a b", " sslmode=on"}, {"@h/db?port=x", ",h2:5433"}, {"'", "#"}, {"\n\xff", "?service=x"},
 	} {
 		f.Add(seed.password, seed.tail)
 	}
@@ -224,7 +324,7 @@ func FuzzDatabaseURL(f *testing.F) {
 			bare = append(bare, "user=al password="+password+" "+tail)
 		}
 		for _, raw := range bare {
-			if _, err := parseDatabaseURL(raw); err != nil && strings.Contains(err.Error(), mark) {
+			if _, _, err := parseDatabaseURL(raw); err != nil && strings.Contains(err.Error(), mark) {
 				t.Errorf("%q: the error gives the password away: %v", raw, err)
 			}
 		}
@@ -235,7 +335,7 @@ func FuzzDatabaseURL(f *testing.F) {
 			"postgres://db?user=al&password=" + url.QueryEscape(password),
 			"user=al host=db password='" + keywordEscape.Replace(password) + "'",
 		} {
-			cfg, err := parseDatabaseURL(raw)
+			cfg, _, err := parseDatabaseURL(raw)
 			if sound && (err != nil || cfg.Password != password) {
 				t.Errorf("%q: got password %q, %v", raw, cfg.Password, err)
 			}

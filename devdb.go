@@ -112,10 +112,6 @@ func unsetLibpq() {
 	}
 }
 
-// isLibpq reports whether a variable of the environment is one of libpq, or one of
-// the two that lib/pq calls otherwise (SSLPGMINPROTOCOLVERSION).
-func isLibpq(name string) bool { return strings.HasPrefix(strings.TrimPrefix(name, "SSL"), "PG") }
-
 // url returns the connection string for lib/pq.
 func (d *devDatabase) url() string { return d.urlOf("rollcall") }
 

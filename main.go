@@ -215,6 +215,9 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	for _, err := range cfg.ignoredKeys {
 		log.Warn("JWT_PUBLIC_KEY_FILE: a key is passed over", "error", err.Error())
 	}
+	if cfg.warning != "" {
+		log.Warn("DATABASE_URL: " + cfg.warning)
+	}
 	s := openStore(cfg, log)
 	defer s.close()
 
