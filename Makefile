@@ -108,15 +108,21 @@ attackers: # what make chaos breaks and attacks with; make test skips what it la
 systemd: # to check the units of deploy/; make test skips that without it
 	@command -v systemd-analyze >/dev/null || { $(call INSTALL,systemd,systemd,systemd,systemd); }
 
-# $(call INSTALL,what,its packages for apt,for dnf,for brew)
+# Debian's package would create a cluster, and start it on port 5432. What says that
+# it should not is there only while it is installed.
+NO_CLUSTER = /etc/postgresql-common/createcluster.d/rollcall.conf
+
+# $(call INSTALL,what,its packages for apt,for dnf,for brew): what the package manager
+# prints is shown only if it fails.
 define INSTALL
 echo 'installing $(1)'; \
 sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi; \
-if command -v brew >/dev/null; then brew install $(4); \
+out=$$({ if command -v brew >/dev/null; then brew install $(4); \
 elif [ "$$sudo" ] && ! command -v sudo >/dev/null; then false; \
-elif command -v apt-get >/dev/null; then \
-	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive \
-	apt-get install -qq -y --no-install-recommends $(2) >/dev/null; \
+elif command -v apt-get >/dev/null; then $$sudo sh -c 'trap "rm -f $(NO_CLUSTER); rmdir -p $(dir $(NO_CLUSTER)) 2>/dev/null" 0 1 2 15; \
+	mkdir -p $(dir $(NO_CLUSTER)) && echo "create_main_cluster = false" >$(NO_CLUSTER) && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(2)'; \
 elif command -v dnf >/dev/null; then $$sudo dnf install -q -y $(3); \
-else false; fi || { echo '$(1) is missing and could not be installed; install it yourself: $(2) on Debian and Ubuntu, $(3) on Fedora, $(4) with Homebrew' >&2; exit 1; }
+else false; fi; } 2>&1) || { echo "$$out" >&2; \
+echo '$(1) is missing and could not be installed; install it yourself: $(2) on Debian and Ubuntu, $(3) on Fedora, $(4) with Homebrew' >&2; exit 1; }
 endef
