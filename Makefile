@@ -66,7 +66,7 @@ esac
 endef
 
 bench: postgres ## compare with one statement a request, over HTTP; see bench_test.go
-	GOGC=400 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
+	GOGC=300 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
 
 # Nearly each of these tests has a short form in make test. The table comes last.
 chaos: postgres attackers ## break what can break, in full, under load; prints what became of the requests
@@ -74,7 +74,7 @@ chaos: postgres attackers ## break what can break, in full, under load; prints w
 
 # The client of the benchmark shares its process: what it does is left out of the profile.
 pgo: postgres ## renew default.pgo, by which the compiler optimizes, from the mixed load
-	GOGC=400 go test -run '^$$' -bench '/Mixed/rollcall' -benchtime 20s -o pgo.test -cpuprofile pgo.prof .
+	GOGC=300 go test -run '^$$' -bench '/Mixed/rollcall' -benchtime 20s -o pgo.test -cpuprofile pgo.prof .
 	go tool pprof -proto -focus 'net/http.\(\*conn\).serve' pgo.test pgo.prof >default.pgo
 	rm -f pgo.test pgo.prof
 

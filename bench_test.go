@@ -21,7 +21,8 @@ import (
 
 // make bench: rollcall beside the service that most would write, one prepared
 // statement a request on a pool of as many connections, in one run over real
-// HTTP and on one real PostgreSQL that keeps its defaults, fsync included.
+// HTTP and on one real PostgreSQL that keeps its defaults, fsync included; with the
+// same settings of its sessions, and GOGC as the program has it.
 
 const (
 	benchRows  = 100_000
@@ -83,6 +84,9 @@ func Benchmark(b *testing.B) {
 		SELECT (lpad(to_hex(i), 8, '0') || '-0000-7000-8000-000000000000')::uuid, 'user' || i || '@example.com', 'User Number ' || i,
 		timestamptz '2024-01-01Z' + i * interval '1 second' FROM generate_series(0, $1 - 1) i`, benchRows)
 	mustExec(b, db, "VACUUM ANALYZE users")
+	// Both have the same settings: what a session of the store begins with, each of the other service gets from its role.
+	mustExec(b, store.db, strings.ReplaceAll(store.pool.session, "SET ", "ALTER ROLE rollcall SET "))
+	db.SetMaxIdleConns(-1) // closes the one that was made before that
 	single := httptest.NewServer(singleRow(b, db))
 	b.Cleanup(single.Close)
 
