@@ -80,6 +80,9 @@ func (cs *connections) track(conn net.Conn, state http.ConnState) {
 	case http.StateActive, http.StateIdle:
 		if c.state == http.StateNew && over != nil { // the handshake is over
 			c.http2 = over.ConnectionState().NegotiatedProtocol == "h2"
+			if tcp, ok := c.Conn.(*net.TCPConn); ok && c.http2 {
+				tcp.SetWriteBuffer(http2WriteBuffer)
+			}
 		}
 		if c.list != nil { // else makeRoom has closed it
 			c.list.remove(c)
@@ -154,16 +157,11 @@ func (l connectionListener) Accept() (net.Conn, error) {
 	return &connection{socket: newSocket(c)}, nil
 }
 
-// connectionKey is what a request's context knows its connection by.
+// connectionKey is what a request's context knows its connection by: a *connection,
+// or with TLS the [*tls.Conn] on one.
 type connectionKey struct{}
 
 // withConnection is the ConnContext of an [http.Server] behind a connectionListener.
-// Requests by TLS do not know their connection: TLS writes to it also from the
-// goroutine that reads (RFC 8446, section 4.6.3), its Close waits for what is being
-// written below it, and its caller may say good-bye without ending it.
 func withConnection(ctx context.Context, conn net.Conn) context.Context {
-	if c, ok := conn.(*connection); ok {
-		return context.WithValue(ctx, connectionKey{}, c)
-	}
-	return ctx
+	return context.WithValue(ctx, connectionKey{}, conn)
 }

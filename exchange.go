@@ -2,12 +2,14 @@ package main
 
 import (
 	"cmp"
+	"crypto/tls"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -33,7 +35,12 @@ type exchange struct {
 	places   chan struct{} // those in flight, for enter; nil: there is no limit
 	inside   bool          // it holds one of them
 	writing  *budget       // of all large answers; nil: there is no limit
-	conn     *connection   // that the answer goes out on; nil: it is one of TLS, or unknown
+	// conn is what the answer goes out on. It is nil where it is unknown, and with TLS,
+	// which writes to it also from the goroutine that reads (RFC 8446, section 4.6.3),
+	// whose Close waits for what is being written below it, and whose caller may say
+	// good-bye without ending it.
+	conn  *connection
+	http2 *tls.Conn // what the answers of HTTP/2 go out on; nil: this is none
 }
 
 // enter takes a place among the requests in flight, or fails when there is none.
@@ -73,10 +80,7 @@ func (x *exchange) Write(p []byte) (int, error) {
 	}
 	x.leave() // the work is done; how long the caller reads is its own affair
 	if len(p) > smallBytes && x.writing != nil {
-		giveBack := x.writing.take(int64(len(p)), func() {
-			http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
-		})
-		defer giveBack()
+		defer x.writing.take(int64(len(p)), x.cutOff)()
 	}
 	n, err := x.write(p)
 	x.bytes += int64(n)
@@ -86,8 +90,33 @@ func (x *exchange) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// cutOff ends the writing of the answer. In HTTP/2, a deadline would only have a frame
+// sent that says so, behind all that the caller does not read: so the connection ends.
+func (x *exchange) cutOff() {
+	if x.http2 != nil {
+		x.http2.NetConn().Close()
+		return
+	}
+	http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
+}
+
+// writeHTTP2 writes p in small frames, since a connection keeps a buffer of the largest,
+// and returns when they are out: what waited longer would not be counted.
+func (x *exchange) writeHTTP2(p []byte) (n int, err error) {
+	for frame := range slices.Chunk(p, smallBytes) {
+		written, err := x.ResponseWriter.Write(frame)
+		if n += written; err != nil {
+			return n, err
+		}
+	}
+	return n, http.NewResponseController(x.ResponseWriter).Flush()
+}
+
 // write writes p, and what net/http holds of the answer so far, as one.
 func (x *exchange) write(p []byte) (int, error) {
+	if x.http2 != nil {
+		return x.writeHTTP2(p)
+	}
 	if x.conn == nil || len(p) <= 2<<10 { // it stays in net/http's buffer, with the head, until all is there
 		return x.ResponseWriter.Write(p)
 	}
@@ -135,11 +164,19 @@ func exchangeOf(w http.ResponseWriter) *exchange {
 
 // observe gives each request an id, and a line in the log when it is over.
 func observe(log *slog.Logger, next http.Handler) http.Handler {
-	writing := newBudget(budgetBytes)
+	writing, streams := newBudget(budgetBytes), newBudget(streamsBudget)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		x := &exchange{ResponseWriter: w, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
-		x.conn, _ = r.Context().Value(connectionKey{}).(*connection)
+		switch c := r.Context().Value(connectionKey{}).(type) {
+		case *connection:
+			x.conn = c
+		case *tls.Conn:
+			if r.ProtoMajor == 2 {
+				x.http2 = c
+				defer streams.take(streamBytes(r), x.cutOff)()
+			}
+		}
 		h := w.Header()
 		h["X-Request-Id"] = []string{x.id}
 		h["X-Content-Type-Options"] = nosniff

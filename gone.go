@@ -107,12 +107,19 @@ func (cs *connections) watch(ctx context.Context) {
 }
 
 // whileThere calls end when the caller of r has been gone for grace, until stop is
-// called. Those who come by TLS, net/http waits for itself.
+// called. Those who come by TLS, net/http waits for itself; one that has ended its
+// stream of HTTP/2 can't be answered any more.
 func whileThere(w http.ResponseWriter, r *http.Request, end func()) (stop func()) {
 	if c := exchangeOf(w).conn; c != nil {
 		c.serving(end)
 		return func() { c.serving(nil) }
 	}
-	forget := context.AfterFunc(r.Context(), func() { time.AfterFunc(grace, end) })
+	forget := context.AfterFunc(r.Context(), func() {
+		if r.ProtoMajor == 2 {
+			end()
+		} else {
+			time.AfterFunc(grace, end)
+		}
+	})
 	return func() { forget() }
 }

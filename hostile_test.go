@@ -657,3 +657,179 @@ func processorTime() time.Duration {
 	syscall.Getrusage(syscall.RUSAGE_SELF, &used)
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
+
+// http2Frame returns a frame of HTTP/2 (RFC 9113, section 4.1).
+func http2Frame(kind, flags byte, stream int, payload string) string {
+	n := len(payload)
+	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, byte(stream >> 24), byte(stream >> 16), byte(stream >> 8), byte(stream)}) + payload
+}
+
+// http2Head returns a head, "name: value" each, in literals (RFC 7541, section 6.2.2).
+func http2Head(method, path string, fields ...string) string {
+	var b strings.Builder
+	literal := func(s string) {
+		if len(s) < 127 {
+			b.WriteByte(byte(len(s)))
+		} else { // section 5.1, for up to 16,510 bytes
+			b.Write([]byte{127, byte(len(s)-127)&127 | 128, byte((len(s) - 127) >> 7)})
+		}
+		b.WriteString(s)
+	}
+	for _, field := range append([]string{":method: " + method, ":scheme: https", ":authority: x", ":path: " + path}, fields...) {
+		i := strings.LastIndex(field, ": ")
+		b.WriteByte(0)
+		literal(field[:i])
+		literal(field[i+2:])
+	}
+	return b.String()
+}
+
+// http2Headers returns the HEADERS of a request with this head, and as many
+// CONTINUATIONs as it takes.
+func http2Headers(stream int, endsStream bool, head string) string {
+	const most = 16 << 10
+	kind, flags, frames := byte(1), byte(0), ""
+	if endsStream {
+		flags = 1
+	}
+	for len(head) > most {
+		frames += http2Frame(kind, flags, stream, head[:most])
+		kind, flags, head = 9, 0, head[most:]
+	}
+	return frames + http2Frame(kind, flags|4, stream, head)
+}
+
+// A connection of HTTP/2 may have 32 requests at a time, and stays open while its
+// client answers the PINGs of the service.
+func TestHTTP2Connection(t *testing.T) {
+	t.Parallel()
+	certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
+	databaseURL, _ := newSchema(t)
+	conn := dialTLS(t, startService(t, testEnv(databaseURL, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile)), "h2")
+	send := func(frames string) {
+		if _, err := io.WriteString(conn, frames); err != nil {
+			t.Fatal(err)
+		}
+	}
+	send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2Frame(4, 0, 0, ""))
+	conn.SetReadDeadline(time.Now().Add(patience))
+	for streams, pings := 0, 0; ; {
+		frame := make([]byte, 9)
+		if _, err := io.ReadFull(conn, frame); err != nil {
+			t.Fatalf("after %d PINGs: %v", pings, err)
+		}
+		payload := make([]byte, int(frame[0])<<16|int(frame[1])<<8|int(frame[2]))
+		if _, err := io.ReadFull(conn, payload); err != nil {
+			t.Fatal(err)
+		}
+		switch kind, ack := frame[3], frame[4]&1 != 0; {
+		case kind == 4 && !ack:
+			for s := range slices.Chunk(payload, 6) {
+				if s[1] == 3 { // SETTINGS_MAX_CONCURRENT_STREAMS
+					streams = int(s[2])<<24 | int(s[3])<<16 | int(s[4])<<8 | int(s[5])
+				}
+			}
+		case kind == 6 && !ack:
+			send(http2Frame(6, 1, 0, string(payload)))
+			if pings++; pings == 3 {
+				send(http2Headers(1, true, http2Head("GET", "/health")))
+			}
+		case kind == 1: // the answer
+			if streams != 32 {
+				t.Errorf("%d requests at a time; want 32", streams)
+			}
+			return
+		}
+	}
+}
+
+// The same attacks over HTTP/1.1 and over HTTP/2, where a connection has as many
+// requests as it likes: what they hold in memory is bounded, and in the end they are
+// all cut off.
+func TestSlowClientsHoldLittle(t *testing.T) {
+	const streams, mostMB, poolConns = 250, 400, 2
+	const begin = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+	settings := func(window int) string { // of each stream, for the answer
+		return begin + http2Frame(4, 0, 0, string([]byte{0, 4, byte(window >> 24), byte(window >> 16), byte(window >> 8), byte(window)})) +
+			http2Frame(8, 0, 0, "\x7f\x00\x00\x00") // of the connection: all there is
+	}
+	each := func(request func(stream int) string) (all string) {
+		for i := range streams {
+			all += request(2*i + 1)
+		}
+		return all
+	}
+	fields1, fields2 := "", []string{}
+	for i := range 28 {
+		fields1 += fmt.Sprintf("X-%d: %s\r\n", i, strings.Repeat("x", 990))
+		fields2 = append(fields2, fmt.Sprintf("x-%d: %s", i, strings.Repeat("x", 950)))
+	}
+	const list = usersPath + "?limit=1000"
+	json := "content-type: application/json"
+	for _, tt := range []struct {
+		name         string
+		http1, http2 string
+		conns2       int
+	}{
+		{"a head without an end", "GET / HTTP/1.1\r\n" + fields1,
+			settings(0) + http2Frame(1, 1, 1, http2Head("GET", "/")) + http2Frame(9, 0, 1, http2Head("GET", "/", fields2...)[:16<<10]), 100},
+		{"half a frame", "", settings(0) + http2Frame(1, 5, 1, http2Head("GET", "/", fields2...)[:16<<10])[:16<<9], 100},
+		{"bodies without an end", head + "Content-Length: 16000\r\n\r\n" + strings.Repeat(" ", 1000),
+			settings(0) + each(func(stream int) string {
+				return http2Headers(stream, false, http2Head("POST", usersPath, json, "content-length: 16000")) + http2Frame(0, 0, stream, strings.Repeat(" ", 200))
+			}), 100},
+		{"large heads, and bodies that don't come", head + fields1 + "Content-Length: 16000\r\n\r\n",
+			settings(0) + each(func(stream int) string {
+				return http2Headers(stream, false, http2Head("POST", usersPath, append(fields2, json)...))
+			}), 80},
+		{"large heads, answers without a window", "",
+			settings(0) + each(func(stream int) string { return http2Headers(stream, true, http2Head("GET", "/nothing", fields2...)) }), 80},
+		{"lists without a window", "", settings(16) + each(func(stream int) string { return http2Headers(stream, true, http2Head("GET", list)) }), 6},
+		{"lists that nobody reads", strings.Repeat("GET "+list+" HTTP/1.1\r\nHost: x\r\n\r\n", 8),
+			settings(1<<31-1) + each(func(stream int) string { return http2Headers(stream, true, http2Head("GET", list)) }), 6},
+		{"a large frame that nobody reads", "",
+			begin + http2Frame(4, 0, 0, "\x00\x04\x7f\xff\xff\xff\x00\x05\x00\xff\xff\xff") + http2Frame(8, 0, 0, "\x7f\x00\x00\x00") + http2Headers(1, true, http2Head("GET", list)), 400},
+	} {
+		for protocol, attack := range map[string]string{"http/1.1": tt.http1, "h2": tt.http2} {
+			conns := tt.conns2
+			if protocol == "http/1.1" {
+				conns = 100
+			}
+			if attack == "" {
+				continue // there is nothing like it
+			}
+			t.Run(tt.name+"/"+protocol, func(t *testing.T) {
+				t.Parallel()
+				certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
+				databaseURL, db := newSchema(t)
+				p := startProcess(t, t.TempDir(), testEnv(databaseURL, fmt.Sprintf("DB_MAX_CONNS=%d", poolConns), "REQUEST_TIMEOUT=2s",
+					"GOGC=100", "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile))
+				p.waitReady()
+				s := &service{t: t, url: p.url, db: db}
+				longList(t, s)
+				s.url = strings.TrimPrefix(p.url, "http://")
+				files, memory, most := p.openFiles(), p.residentMB(), 0
+				var sending sync.WaitGroup
+				for range conns {
+					conn := dialTLS(t, s, protocol)
+					sending.Go(func() { io.WriteString(conn, attack) }) // not all of it, where it is cut off
+				}
+				for deadline := time.Now().Add(2 * patience); ; time.Sleep(10 * time.Millisecond) { // between two looks
+					most = max(most, p.residentMB()-memory)
+					open := p.openFiles() - files
+					if open <= poolConns {
+						break
+					}
+					if time.Now().After(deadline) {
+						t.Errorf("%d connections are still open", open)
+						break
+					}
+				}
+				sending.Wait()
+				if most > mostMB {
+					t.Errorf("%d connections held %d MB; want %d at most", conns, most, mostMB)
+				}
+			})
+		}
+	}
+}

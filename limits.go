@@ -17,7 +17,8 @@ import (
 //
 //	places in flight   held only while the service works: not while a body comes
 //	                   in, and not while an answer goes out (middleware.go)
-//	memory             large bodies and large answers share a budget each
+//	memory             large bodies, large answers and the requests of HTTP/2, of which
+//	                   a connection may have 32, share a budget each
 //	connections        no more than there are file descriptors for
 //
 // A place in flight that is taken is a refusal, since the work will be done in
@@ -35,7 +36,42 @@ const (
 	// maxConnections bounds memory, since net/http takes some 20 KB for each: see
 	// mostConnections.
 	maxConnections = 10_000
+	// streamsBudget bounds all requests of HTTP/2 together, in bytes: as many small
+	// ones as there may be connections.
+	streamsBudget = maxConnections * smallBytes
 )
+
+// http2Limits keeps a connection of HTTP/2 to what one of HTTP/1 may hold. net/http
+// has no time limit for a head there, but while one is coming in no frame is complete:
+// neither is the answer to a PING, which is due 5 s after the last frame.
+var http2Limits = &http.HTTP2Config{
+	MaxConcurrentStreams:          32,
+	MaxReadFrameSize:              16 << 10, // bytes; the least there is: each connection keeps a buffer of the largest
+	MaxReceiveBufferPerConnection: 64 << 10, // bytes
+	MaxReceiveBufferPerStream:     64 << 10,
+	SendPingTimeout:               2 * time.Second, // without a frame
+	PingTimeout:                   3 * time.Second,
+	WriteByteTimeout:              10 * time.Second, // without a byte read
+}
+
+// http2WriteBuffer is how much of its answers, in bytes, may lie in the kernel before a
+// PING: a client that reads 350 kbit/s answers that in time.
+const http2WriteBuffer = 64 << 10
+
+// streamBytes returns what a request of HTTP/2 may hold while it is served: its head,
+// buffers, and a body that is small.
+func streamBytes(r *http.Request) int64 {
+	bytes := smallBytes + len(r.RequestURI)
+	if r.ContentLength != 0 {
+		bytes += 2 * smallBytes
+	}
+	for name, values := range r.Header {
+		for _, value := range values {
+			bytes += 64 + len(name) + len(value) // with its place in the map
+		}
+	}
+	return int64(bytes)
+}
 
 // A budget bounds the bytes that slow callers hold. It is safe for concurrent use.
 type budget struct {

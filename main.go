@@ -345,6 +345,7 @@ func newServer(cfg config, handler http.Handler, log *slog.Logger) *http.Server 
 		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the answer
 		IdleTimeout:       120 * time.Second,
 		MaxHeaderBytes:    32 << 10,
+		HTTP2:             http2Limits,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 
 		DisableGeneralOptionsHandler: true, // exactPath answers OPTIONS * like all else

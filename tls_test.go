@@ -202,14 +202,15 @@ func TestServiceRereadsCertificate(t *testing.T) {
 	}
 }
 
-// dialTLS shakes hands with the service, whatever its certificate says.
-func dialTLS(t *testing.T, s *service) *tls.Conn {
+// dialTLS shakes hands with the service, whatever its certificate says, to speak one
+// of these protocols of ALPN, if there are any.
+func dialTLS(t *testing.T, s *service, protocols ...string) *tls.Conn {
 	t.Helper()
 	dialer := &net.Dialer{Timeout: patience}
-	conn, err := tls.DialWithDialer(dialer, "tcp", strings.TrimPrefix(s.url, "https://"), &tls.Config{InsecureSkipVerify: true})
+	conn, err := tls.DialWithDialer(dialer, "tcp", strings.TrimPrefix(s.url, "https://"), &tls.Config{InsecureSkipVerify: true, NextProtos: protocols})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
+	t.Cleanup(func() { conn.NetConn().Close() }) // without a good-bye, for which the service may have no ear
 	return conn
 }
