@@ -123,7 +123,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 // newHandler is the whole service on one screen: its routes, and what wraps
 // them (middleware.go says why in this order).
 func newHandler(cfg config, s *store, h *health, log *slog.Logger) http.Handler {
-	u := &users{store: s, pages: sharer[page]{lane: s.many.reads}}
+	u := &users{store: s, pages: sharer[page]{lane: s.many.reads}, deep: make(chan struct{}, 1)}
 
 	api := http.NewServeMux() // behind a token, unless AUTH=off
 	api.Handle("POST   /api/v1/users", handlerFunc(u.create))

@@ -228,3 +228,92 @@ func TestChaosMemory(t *testing.T) {
 		closed()
 	}
 }
+
+// Lists that begin far behind the first user, by offset, are right, and as many as may
+// ask for them, they keep nobody else waiting: one is read at a time, and none for
+// those who have gone.
+func TestDeepLists(t *testing.T) {
+	t.Parallel()
+	const places = 8
+	databaseURL, db := newSchema(t)
+	s := startService(t, testEnv(databaseURL))
+	s.waitReady()
+	mustExec(t, db, `INSERT INTO users (id, email, name, created_at)
+		SELECT gen_random_uuid(), 'user' || n || '@example.com', 'U', now() - n / 3 * interval '1 s' FROM generate_series(1, 1100) n`) // three at a time
+	var want string
+	if err := db.QueryRow(`SELECT string_agg(id::text, ' ') FROM
+		(SELECT id FROM users ORDER BY created_at DESC, id DESC OFFSET 1000) u`).Scan(&want); err != nil {
+		t.Fatal(err)
+	}
+	list := func(query string) string {
+		var ids []string
+		a := s.call("GET", usersPath+query, "")
+		for _, u := range a.users(t) {
+			ids = append(ids, u["id"])
+		}
+		if next := a.header.Get("Link"); (next != "") != strings.Contains(query, "limit=40") {
+			t.Errorf("%s: Link %q", query, next)
+		}
+		return strings.Join(ids, " ")
+	}
+	if got := list("?limit=200&offset=1000"); got != want {
+		t.Errorf("the last 100: %s; want %s", got, want)
+	}
+	if got := list("?limit=40&offset=1000") + " " + list("?limit=60&offset=1040"); got != want {
+		t.Errorf("the last 100 in two: %s; want %s", got, want)
+	}
+	if got := list("?offset=1100"); got != "" {
+		t.Errorf("behind the last: %s", got)
+	}
+	path := usersPath + "/" + want[:36]
+
+	// A row takes 50 ms to be read: a deep list takes a minute.
+	mustExec(t, db, `CREATE FUNCTION slowly(uuid) RETURNS boolean LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.05); RETURN true; END'`)
+	mustExec(t, db, `CREATE ROLE reads_slowly IN ROLE pg_read_all_stats`) // none of a superuser is checked
+	t.Cleanup(func() {
+		mustExec(t, db, `DROP OWNED BY reads_slowly`)
+		mustExec(t, db, `DROP ROLE reads_slowly`)
+	})
+	mustExec(t, db, `DO $$ BEGIN EXECUTE 'GRANT ALL ON SCHEMA ' || current_schema || ' TO reads_slowly';
+		EXECUTE 'GRANT ALL ON ALL TABLES IN SCHEMA ' || current_schema || ' TO reads_slowly'; END $$`)
+	mustExec(t, db, `ALTER TABLE users ENABLE ROW LEVEL SECURITY`)
+	mustExec(t, db, `CREATE POLICY slowly ON users USING (slowly(id))`)
+	databaseURL += " role=reads_slowly"
+	s = startService(t, testEnv(databaseURL+" application_name=deep", "REQUEST_TIMEOUT=1h", "DB_MAX_CONNS=4", fmt.Sprintf("MAX_IN_FLIGHT=%d", places)))
+	s.waitReady()
+	running := func() (n int) {
+		if err := db.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'deep' AND state = 'active' AND query LIKE '%OFFSET%'").Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	var conns []*rawConn
+	for i := range 4 * places {
+		conn := dialRaw(t, s)
+		conn.send(fmt.Sprintf("GET %s?offset=%d HTTP/1.1\r\nHost: x\r\n\r\n", usersPath, 1000+i%2))
+		conns = append(conns, conn)
+	}
+	waitFor(t, "a deep list to be read", func() bool { return running() > 0 })
+	for range 50 {
+		s.call("GET", path, "").user(t)
+		if n := running(); n > 1 {
+			t.Fatalf("%d deep lists are read at a time; want 1", n)
+		}
+	}
+	for _, conn := range conns {
+		conn.Close()
+	}
+	waitFor(t, "the deep lists of those who have gone to end", func() bool { return running() == 0 })
+
+	s = startService(t, testEnv(databaseURL, "REQUEST_TIMEOUT=1s"))
+	s.waitReady()
+	var waiting sync.WaitGroup
+	for range 3 {
+		waiting.Go(func() {
+			if a, err := s.try("GET", usersPath+"?offset=1000", ""); err != nil || a.status != 503 || a.header.Get("Retry-After") == "" {
+				t.Errorf("one that is not read in time: %d %s %v", a.status, a.body, err)
+			}
+		})
+	}
+	waiting.Wait()
+}

@@ -139,7 +139,8 @@ func (s *store) runOnce(ctx context.Context, text string, args []any, read func(
 	// To watch ctx, database/sql and lib/pq take a goroutine each. PostgreSQL ends
 	// the statement by itself, so ctx matters only where that would be later than
 	// the deadline, or where a connection has to be waited for.
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > s.limit-100*time.Millisecond && s.limit > 0 && !s.pool.pooled.Load() && s.db.Stats().Idle > 0 {
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > s.limit-100*time.Millisecond && s.limit > 0 && !s.pool.pooled.Load() && s.db.Stats().Idle > 0 &&
+		text != deepUsers { // which ends with its caller: it keeps others like it waiting
 		ctx = context.WithoutCancel(ctx)
 	}
 	rows, err := s.prepared[text].QueryContext(ctx, args...)

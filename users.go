@@ -151,7 +151,8 @@ func validEmail(s string) bool {
 // users are the handlers of /api/v1/users.
 type users struct {
 	store *store
-	pages sharer[page] // by query
+	pages sharer[page]  // by query
+	deep  chan struct{} // a semaphore of deepPage
 }
 
 const usersPath = "/api/v1/users"
@@ -201,9 +202,12 @@ func (h *users) list(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var p page
-	if q.email != nil { // who wants the same waits together in the store
+	switch {
+	case q.email != nil: // who wants the same waits together in the store
 		p, err = h.page(r.Context(), q)
-	} else {
+	case q.offset >= deepOffset && q.limit > 0:
+		p, err = h.deepPage(r.Context(), exchangeOf(w), q)
+	default:
 		p, err = h.pages.do(r.Context(), r.URL.RawQuery, func(ctx context.Context) (page, error) { return h.page(ctx, q) })
 	}
 	if err != nil {
@@ -214,6 +218,24 @@ func (h *users) list(w http.ResponseWriter, r *http.Request) error {
 	}
 	writeBody(w, http.StatusOK, jsonType, p.body)
 	return nil
+}
+
+// deepPage is page for a deep list. They are read one at a time, and after each, none is
+// for as long as it took: so all of them take half of one processor, and one connection.
+// A request that waits for that is not in flight.
+func (h *users) deepPage(ctx context.Context, x *exchange, q listQuery) (p page, err error) {
+	x.leave()
+	select {
+	case h.deep <- struct{}{}:
+	case <-ctx.Done():
+		return p, ctx.Err()
+	}
+	start := time.Now()
+	defer func() { time.AfterFunc(time.Since(start), func() { <-h.deep }) }()
+	if err := x.enter(); err != nil {
+		return p, err
+	}
+	return h.page(ctx, q)
 }
 
 // page returns the page that q asks for.
