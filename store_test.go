@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -991,14 +992,12 @@ func TestRulesOfOthers(t *testing.T) {
 				}
 			}
 			refuse(s.call("POST", usersPath, `{"email":"a@example.com","name":"bad"}`))
-			var logged bool
-			for _, line := range s.logged() {
-				text, _ := line["error"].(string)
-				logged = logged || line["status"] == float64(test.status) && strings.Contains(text, test.logged)
-			}
-			if !logged {
-				t.Errorf("the log does not say %q:\n%s", test.logged, s.log)
-			}
+			waitFor(t, "the log to say "+test.logged, func() bool { // its line follows the response
+				return slices.ContainsFunc(s.logged(), func(line map[string]any) bool {
+					text, _ := line["error"].(string)
+					return line["status"] == float64(test.status) && strings.Contains(text, test.logged)
+				})
+			})
 			// What the key has made is there, rule or not; a key that was refused is unused.
 			if again := s.call("POST", usersPath, `{"email":"before@example.com","name":"bad"}`, withKey("before")).user(t); again["id"] != before["id"] {
 				t.Errorf("repeated: %v", again)
