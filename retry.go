@@ -140,7 +140,7 @@ func (s *store) runOnce(ctx context.Context, text string, args []any, read func(
 	// the statement by itself, so ctx matters only where that would be later than
 	// the deadline, or where a connection has to be waited for.
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > s.limit-100*time.Millisecond && s.limit > 0 && !s.pool.pooled.Load() && s.db.Stats().Idle > 0 &&
-		text != deepUsers { // which ends with its caller: it keeps others like it waiting
+		!(text == firstUsers && args[1].(int64) >= deepOffset) { // a deep list ends with its caller: others wait for it
 		ctx = context.WithoutCancel(ctx)
 	}
 	rows, err := s.prepared[text].QueryContext(ctx, args...)

@@ -70,10 +70,6 @@ var (
 	selectUser = "SELECT " + columns + " FROM users WHERE id = $1"
 	findUser   = "SELECT " + columns + " FROM users WHERE lower(email) = lower($1)"
 	firstUsers = "SELECT " + columns + " FROM users ORDER BY created_at DESC, id DESC LIMIT $1 OFFSET $2"
-	// deepUsers is firstUsers for a large offset: the index alone tells which user to begin
-	// with, and the rows before that one are not read.
-	deepUsers = "SELECT " + columns + " FROM users WHERE (created_at, id) <= " +
-		"(SELECT created_at, id FROM users ORDER BY created_at DESC, id DESC OFFSET $2 LIMIT 1) ORDER BY created_at DESC, id DESC LIMIT $1"
 	nextUsers  = "SELECT " + columns + " FROM users WHERE (created_at, id) < ($2, $3) ORDER BY created_at DESC, id DESC LIMIT $1"
 	updateUser = "UPDATE users SET email = COALESCE($2, email), name = COALESCE($3, name), updated_at = " + newUpdate + " " +
 		"WHERE id = $1 AND " + conditionsHold("$4", "$5") + " RETURNING " + columns
@@ -186,7 +182,7 @@ func (s *store) start(ctx context.Context) error {
 }
 
 func (s *store) prepare(ctx context.Context) error {
-	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, deepUsers, nextUsers, updateUser, deleteUser,
+	for _, text := range []string{insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser,
 		selectKeyed, insertUsers, insertUsersOnce, selectUsers, findUsers, updateUsers, deleteUsers} {
 		if s.prepared[text] != nil {
 			continue // from an earlier try
@@ -299,12 +295,9 @@ const deepOffset = 1000
 // list returns up to limit users, newest first: those behind after, or, where
 // that is nil, those behind the first offset ones.
 func (s *store) list(ctx context.Context, limit, offset int64, after *position) (users []user, err error) {
-	switch {
-	case after != nil:
+	if after != nil {
 		users, _, err = s.query(ctx, nextUsers, limit, timestamp(after.createdAt), after.id)
-	case offset >= deepOffset:
-		users, _, err = s.query(ctx, deepUsers, limit, offset)
-	default:
+	} else {
 		users, _, err = s.query(ctx, firstUsers, limit, offset)
 	}
 	return users, err
