@@ -601,6 +601,13 @@ func TestStopHTTP2(t *testing.T) {
 	if resp.ProtoMajor != 2 || resp.StatusCode != 200 {
 		t.Errorf("got %s %s", resp.Proto, resp.Status)
 	}
+	if resp, err = (&http.Client{Transport: transport, Timeout: patience}).Head(s.url + "/health"); err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if line := findLine(t, s, withID(resp.Header.Get("X-Request-Id"))); line["level"] != "INFO" {
+		t.Errorf("HEAD is logged as %v", line)
+	}
 	s.stop()
 	select {
 	case err := <-s.done:

@@ -41,6 +41,7 @@ type exchange struct {
 	// good-bye without ending it.
 	conn  *connection
 	http2 *tls.Conn // what the answers of HTTP/2 go out on; nil: this is none
+	head  bool      // the method is HEAD
 }
 
 // enter takes a place among the requests in flight, or fails when there is none.
@@ -109,6 +110,9 @@ func (x *exchange) writeHTTP2(p []byte) (n int, err error) {
 			return n, err
 		}
 	}
+	if x.head { // the stream has ended
+		return n, nil
+	}
 	return n, http.NewResponseController(x.ResponseWriter).Flush()
 }
 
@@ -167,7 +171,7 @@ func observe(log *slog.Logger, next http.Handler) http.Handler {
 	writing, streams := newBudget(budgetBytes), newBudget(streamsBudget)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		x := &exchange{ResponseWriter: w, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
+		x := &exchange{ResponseWriter: w, head: r.Method == http.MethodHead, writing: writing, id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
 		switch c := r.Context().Value(connectionKey{}).(type) {
 		case *connection:
 			x.conn = c
@@ -188,7 +192,7 @@ func observe(log *slog.Logger, next http.Handler) http.Handler {
 		}
 		defer logAccess(log, x, r, start) // deferred: an aborted answer is logged too
 		next.ServeHTTP(x, r)
-		if w, ok := w.(interface{ FlushError() error }); ok && x.status != 0 {
+		if w, ok := w.(interface{ FlushError() error }); ok && x.status != 0 && !x.head {
 			// What net/http still holds goes out now: else the log could not tell of a
 			// connection that breaks.
 			x.cause = cmp.Or(x.cause, w.FlushError())

@@ -325,12 +325,12 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 }
 
 // listenError returns err, or a [usageError] that names HOST where it is not the port
-// that keeps the service from listening: a name that does not resolve, an address of
+// that keeps the service from listening: a name that nobody knows, an address of
 // another machine (EADDRNOTAVAIL), an unknown interface (EINVAL), or IPv6 where there
 // is none (EAFNOSUPPORT).
 func listenError(host string, err error) error {
-	_, unresolved := errors.AsType[*net.DNSError](err)
-	if unresolved || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EAFNOSUPPORT) {
+	dns, ok := errors.AsType[*net.DNSError](err)
+	if ok && dns.IsNotFound || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EAFNOSUPPORT) {
 		return usageError(fmt.Sprintf("HOST: %.80q is not an address or a name that this machine can listen on: %v", host, err))
 	}
 	return err

@@ -159,6 +159,14 @@ func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.
 		}
 		changes++
 	}
+	var digits int // of a second, that updated_at keeps; -1: all six
+	err = tx.QueryRowContext(ctx, "SELECT atttypmod FROM pg_attribute WHERE attrelid = 'users'::regclass AND attname = 'updated_at'").Scan(&digits)
+	if err != nil {
+		return err
+	}
+	if digits >= 0 && digits < 6 {
+		log.Warn("the column updated_at keeps too few digits of a second for If-Match to tell quick updates apart", "digits", digits)
+	}
 	if err := tx.Commit(); err != nil {
 		return err
 	}

@@ -195,7 +195,7 @@ func translate(ctx context.Context, err error) error {
 	// its first try has taken: see createAlone.)
 	case pq.As(err, pqerror.UniqueViolation, pqerror.ExclusionViolation, pqerror.ForeignKeyViolation, pqerror.RestrictViolation) != nil:
 		return &failure{kind: kindConflict, message: "The change conflicts with other data in the database", cause: err}
-	case refused.Code == pqerror.RaiseException, refused.Code.Class() == pqerror.ClassDataException,
+	case refused.Code.Class() == "P0", refused.Code.Class() == "45", refused.Code.Class() == pqerror.ClassDataException, // P0 and 45 by a trigger
 		refused.Code.Class() == pqerror.ClassIntegrityConstraintViolation:
 		return &failure{kind: kindShape, message: "The change breaks a rule of the database", cause: err}
 	default:

@@ -22,7 +22,7 @@ import (
 
 // columns are those of a user, in the order of [user.fields]. A table that was
 // taken over may allow NULL, where one such row must not hide the others.
-const columns = "id, COALESCE(email, ''), COALESCE(name, ''), created_at, updated_at"
+const columns = "id, COALESCE(email, ''), COALESCE(name, ''), COALESCE(created_at, 'infinity'), COALESCE(updated_at, '-infinity')"
 
 // version is the version of a user in SQL: what [user.version] is in Go.
 const version = "(extract(epoch FROM LEAST(GREATEST(updated_at, timestamptz '0001-01-01 00:00:00Z'), " + lastUpdate + ")) * 1000000)::bigint::text"
@@ -167,8 +167,11 @@ func (s *store) start(ctx context.Context) error {
 		}
 		if refused := pq.As(err); refused != nil && !isUnavailable(err) && refused.Code.Class() != "28" && // not let in
 			refused.Code != pqerror.InvalidCatalogName { // no such database
-			if refused.Fatal() { // the connection, for what it was asked with
-				return usageError("DATABASE_URL: PostgreSQL refuses the connection: " + describe(refused))
+			switch refused.Code.Class() {
+			case "22", "42", "55": // it is asked for something that is not there, or not so
+				if refused.Fatal() { // by the connection
+					return usageError("DATABASE_URL: PostgreSQL refuses the connection: " + strings.ReplaceAll(describe(refused), "\n", "; "))
+				}
 			}
 			return &schemaError{"PostgreSQL refuses: " + describe(refused)}
 		}
@@ -259,15 +262,26 @@ func (s *store) createAlone(ctx context.Context, in draft, again bool) (u user, 
 	case !isRefused(err):
 		return u, err
 	case isKeyed(in.id):
-		return s.madeBefore(ctx, in.id, err)
+		return s.madeBefore(ctx, in.id, s.takenOr(ctx, in.id, in.email, err))
 	}
 	// An earlier try may have gone through, here or in [store.createMany]: then it
 	// is this very user who has the id and the address.
 	u, _, lookupErr := s.one(ctx, selectUser, in.id)
 	if errors.Is(lookupErr, errNotFound) {
-		return u, err
+		return u, s.takenOr(ctx, in.id, in.email, err)
 	}
 	return u, lookupErr
+}
+
+// takenOr returns err, or [errEmailTaken] where it is of a unique index that has another
+// name than ours, and another user than id has the address.
+func (s *store) takenOr(ctx context.Context, id, email string, err error) error {
+	if pq.As(err, pqerror.UniqueViolation) != nil {
+		if u, _, lookupErr := s.one(ctx, findUser, email); lookupErr == nil && u.ID != id {
+			return errEmailTaken
+		}
+	}
+	return err
 }
 
 // get returns the user of that id, or [errNotFound].
@@ -327,6 +341,9 @@ func (s *store) updateAlone(ctx context.Context, in userChange, again bool) (u u
 	u, repeated, err := s.one(ctx, updateUser, in.id, in.email, in.name, in.when.match, in.when.noneMatch)
 	again = again || repeated
 	if !errors.Is(err, errNotFound) {
+		if in.email != nil {
+			err = s.takenOr(ctx, in.id, *in.email, err)
+		}
 		return u, err
 	}
 	u, _, err = s.one(ctx, selectUser, in.id)

@@ -204,6 +204,31 @@ func TestRefusedSettings(t *testing.T) {
 	}
 }
 
+// What a server refuses for now is no mistake in DATABASE_URL.
+func TestRefusalOfAStartingServer(t *testing.T) {
+	t.Parallel()
+	checkLeaks(t)
+	listener, _ := newListener(t)
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 1024)) // the startup message
+			fields := "SFATAL\x00VFATAL\x00CXX000\x00Mthe endpoint is being started\x00\x00"
+			fmt.Fprintf(conn, "E\x00\x00\x00%c%s", 4+len(fields), fields)
+			conn.Close()
+		}
+	}()
+	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	err := runOnce(t, testEnv("host="+host+" port="+port+" user=x dbname=x sslmode=disable"))
+	var usage usageError
+	if err == nil || errors.As(err, &usage) || !strings.Contains(err.Error(), "the endpoint is being started") {
+		t.Errorf("run returned %v", err)
+	}
+}
+
 func TestAdoptCollidingAddresses(t *testing.T) {
 	t.Parallel()
 	databaseURL, db := newSchema(t)
@@ -977,6 +1002,7 @@ func TestRulesOfOthers(t *testing.T) {
 		{"a shorter type", "ALTER TABLE users ALTER name TYPE varchar(2) USING 'x'", "character varying(2)", 422, breaksRule},
 		{"a trigger that fails to compute", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "PERFORM 1 / 0"), "division by zero", 422, breaksRule},
 		{"a trigger that raises", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "RAISE EXCEPTION 'the name_rule'"), "the name_rule", 422, breaksRule},
+		{"a trigger that raises a state of its own", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "RAISE EXCEPTION 'the name_rule' USING ERRCODE = '45000'"), "the name_rule", 422, breaksRule},
 		{"a deferred trigger that raises", ruleTrigger("CONSTRAINT", "AFTER INSERT OR UPDATE ON users DEFERRABLE INITIALLY DEFERRED", "NEW", "RAISE EXCEPTION 'the name_rule'"), "the name_rule", 422, breaksRule},
 		{"a trigger that skips", ruleTrigger("", "BEFORE INSERT OR UPDATE ON users", "NEW", "RETURN NULL"), "a trigger on the table has skipped the row", 422, notMade},
 	} {
@@ -1041,6 +1067,26 @@ func TestRulesOfOthers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An address is taken whatever the index is called that says so.
+func TestRenamedIndex(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	mustExec(t, s.db, "ALTER INDEX users_email_lower_key RENAME TO another; CREATE UNIQUE INDEX ON users (name)")
+	s.call("POST", usersPath, `{"email":"a@example.com","name":"A"}`).user(t)
+	path := s.call("POST", usersPath, `{"email":"b@example.com","name":"B"}`).header.Get("Location")
+	var wg sync.WaitGroup
+	for range 20 {
+		for _, key := range []string{"Accept: */*", withKey("k")} {
+			wg.Go(func() {
+				wantError(t, s.call("POST", usersPath, `{"email":"A@example.com","name":"C"}`, key), 409, taken)
+			})
+		}
+		wg.Go(func() { wantError(t, s.call("PUT", path, `{"email":"A@example.com"}`), 409, taken) })
+		wg.Go(func() { wantError(t, s.call("PUT", path, `{"name":"A","email":"B@example.com"}`), 409, conflicts) })
+	}
+	wg.Wait()
 }
 
 // The same for what others keep from being deleted.

@@ -724,6 +724,22 @@ func TestRowsWithNull(t *testing.T) {
 	if u := s.call("PUT", usersPath+"/"+noSuchID, `{"name":"A"}`).user(t); u["name"] != "A" || u["email"] != "" {
 		t.Errorf("PUT: %v", u)
 	}
+	mustExec(t, db, "ALTER TABLE users ALTER created_at DROP NOT NULL, ALTER updated_at DROP NOT NULL; UPDATE users SET created_at = NULL, updated_at = NULL")
+	list := s.call("GET", usersPath, "").users(t)
+	if len(list) != 2 {
+		t.Errorf("without times: %v", list)
+	}
+	for _, u := range list {
+		path := usersPath + "/" + u["id"]
+		tag := s.call("GET", path, "").header.Get("ETag")
+		put := s.call("PUT", path, `{"name":"B"}`, "If-Match: "+tag)
+		if put.user(t)["name"] != "B" || put.header.Get("ETag") == tag {
+			t.Errorf("PUT: %s", put.body)
+		}
+		if gone := s.call("DELETE", path, "", "If-Match: "+put.header.Get("ETag")); gone.status != 200 {
+			t.Errorf("DELETE: %d %s", gone.status, gone.body)
+		}
+	}
 }
 
 func TestMethods(t *testing.T) {
