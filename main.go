@@ -369,50 +369,6 @@ func listen(server *http.Server, listener net.Listener, conns *connections) erro
 	return err
 }
 
-// printToken is the token command.
-func printToken(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	flags := flag.NewFlagSet("rollcall token", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	sub := flags.String("sub", "", "")
-	ttl := flags.Duration("ttl", time.Hour, "")
-	scope := flags.String("scope", "", "")
-	switch err := flags.Parse(args); {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, usage)
-		return nil
-	case err != nil:
-		return usageError("token: " + err.Error())
-	case flags.NArg() > 0:
-		return usageError(fmt.Sprintf("token: %q is no flag", flags.Arg(0)))
-	case *sub == "":
-		return usageError("token: -sub is missing: whose token is it?")
-	case *scope == "" && isSet(flags, "scope"):
-		return usageError("token: -scope is empty: without a scope, a token may do everything; leave the flag out if that is meant")
-	case *ttl < time.Second:
-		return usageError("token: -ttl must be a second or more")
-	}
-	getenv, err := withDotenv(getenv, dotenvFile, stderr)
-	if err != nil {
-		return usageError(err.Error())
-	}
-	if getenv("JWT_SECRET") == "" {
-		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
-	}
-	secret := []byte(getenv("JWT_SECRET"))
-	if _, err := secretKey(secret); err != nil {
-		return usageError("JWT_SECRET: " + err.Error())
-	}
-	_, err = fmt.Fprintln(stdout, mintToken(secret, grant{subject: *sub, ttl: *ttl, scope: *scope,
-		issuer: getenv("JWT_ISSUER"), audience: getenv("JWT_AUDIENCE")}, time.Now()))
-	return err
-}
-
-// isSet reports whether a flag was given.
-func isSet(flags *flag.FlagSet, name string) (set bool) {
-	flags.Visit(func(f *flag.Flag) { set = set || f.Name == name })
-	return set
-}
-
 // newLogger returns the log that cfg asks for.
 func newLogger(cfg config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.logLevel}
