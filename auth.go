@@ -2,94 +2,44 @@ package main
 
 import (
 	"crypto"
+	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"net/http"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// How a token travels
+// How a token is checked
 //
-// A caller sends "Authorization: Bearer <token>" (RFC 6750, section 2.1). The
+// A client sends "Authorization: Bearer <token>" (RFC 6750, section 2.1). The
 // token is a JSON Web Token: header, claims and signature, each in base64url,
 // with dots between them (RFC 7515, section 3.1; RFC 7519). requireAuth takes
-// it from the request; verify takes it apart, finds a key that made the
-// signature and only then believes a claim; allows says whether the scope is
-// enough for the method. Who called goes into the access log.
-//
-// A caller sends the same token with each request, for minutes or hours. So what
-// a valid one says is remembered, and only its dates are looked at again: the
-// keys, the issuer and the audience stay the same as long as the service runs.
-//
-// A header may say where to fetch the key it was signed with (jwk, jku, x5c,
-// x5u). Nobody looks there: keys come from the configuration alone.
+// it from the request; verify finds a key that made the signature, and only then
+// believes a claim; the scope decides what the client may do.
 
 const (
 	maxTokenBytes = 8 << 10
-	leeway        = 30 // seconds by which the clocks of others may differ
-	// rememberedBytes bounds the length of all remembered tokens together. What is
-	// kept of one takes a few times as much, at most.
-	rememberedBytes = 2 << 20
+	maxRemembered = 2048 // tokens
+	leeway        = 30   // seconds by which the clocks of others may differ
 )
 
-// A tokenError tells the caller what is wrong with a token, in a sentence that
+// A tokenError tells the client what is wrong with a token, in a sentence that
 // has nothing of the token in it. It fits between the quotes of a challenge.
 type tokenError string
 
 func (e tokenError) Error() string { return string(e) }
 
-const (
-	errTokenCount     = tokenError("There is more than one Authorization header")
-	errTokenLong      = tokenError("The token is longer than 8192 bytes")
-	errTokenParts     = tokenError("The token does not have three parts")
-	errTokenBase64    = tokenError("A part of the token is not unpadded base64url")
-	errTokenHeader    = tokenError("The header of the token is not a JSON object in which each name is given once")
-	errTokenAlg       = tokenError("The alg of the token is not a string")
-	errTokenKid       = tokenError("The kid of the token is not a string")
-	errTokenCrit      = tokenError("The token has a crit, and no extension is understood here")
-	errTokenKey       = tokenError("No known key fits the alg and the kid of the token")
-	errTokenSignature = tokenError("The signature of the token is wrong")
-	errTokenClaims    = tokenError("The claims of the token are not a JSON object in which each name is given once")
-	errTokenNoExp     = tokenError("The token has no exp")
-	errTokenDate      = tokenError("The exp, nbf or iat of the token is not a number")
-	errTokenSub       = tokenError("The sub of the token is not a string")
-	errTokenExpired   = tokenError("The token has expired")
-	errTokenEarly     = tokenError("The token is not valid yet")
-	errTokenFuture    = tokenError("The token was issued in the future")
-	errTokenIssuer    = tokenError("The token is from another issuer")
-	errTokenAudience  = tokenError("The token is for another audience")
-)
-
 // claims are what a verified token says of its bearer.
 type claims struct {
 	caller
-	scoped bool // the token has a scope or scp claim: it may do what that says and no more
-	scopes []string
-	// exp, nbf and iat, in seconds since 1970; 0 where one is missing, which for
-	// the latter two is as good as none.
-	expiry, notBefore, issuedAt float64
-}
-
-// allows reports whether the bearer may do what takes the scope.
-func (c claims) allows(scope string) bool { return !c.scoped || slices.Contains(c.scopes, scope) }
-
-// checkDates returns what is wrong with the time now for the claims.
-func (c claims) checkDates(now time.Time) error {
-	switch t := float64(now.UnixMicro()) / 1e6; {
-	case t >= c.expiry+leeway:
-		return errTokenExpired
-	case t < c.notBefore-leeway:
-		return errTokenEarly
-	case t < c.issuedAt-leeway:
-		return errTokenFuture
-	}
-	return nil
+	mayRead, mayWrite           bool
+	expiry, notBefore, issuedAt float64 // in seconds since 1970; 0 when missing
 }
 
 // A verifier checks tokens. It is safe for concurrent use.
@@ -98,11 +48,11 @@ type verifier struct {
 	issuer, audience string // not checked when empty
 	now              func() time.Time
 
-	mu sync.Mutex
-	// remembered are the claims of valid tokens, each under the hash of the whole of
-	// it: how long it takes to find one tells nothing of the others, and none is kept.
-	remembered map[[sha256.Size]byte]claims
-	bytes      int // of the remembered tokens
+	// remembered are the claims of tokens that were opened, by the hash of the token.
+	// A client sends the same one for minutes or hours, and to open it each time would
+	// take a tenth of a GET. Keys, issuer and audience never change.
+	remembered sync.Map
+	opened     atomic.Int64 // tokens; remembered is cleared at each maxRemembered
 }
 
 // newVerifier returns a verifier for tokens signed with one of the keys. It
@@ -111,224 +61,147 @@ func newVerifier(keys []key, issuer, audience string) *verifier {
 	if len(keys) == 0 {
 		panic("newVerifier: no keys")
 	}
-	return &verifier{keys: keys, issuer: issuer, audience: audience, now: time.Now, remembered: make(map[[sha256.Size]byte]claims)}
+	return &verifier{keys: keys, issuer: issuer, audience: audience, now: time.Now}
 }
 
 // verify returns the claims of a token that is valid now. Its error is always a
 // [tokenError].
-func (v *verifier) verify(token string) (c claims, err error) {
+func (v *verifier) verify(token string) (claims, error) {
 	if len(token) > maxTokenBytes {
-		return claims{}, errTokenLong
+		return claims{}, tokenError("The token is longer than 8192 bytes")
 	}
 	hash := sha256.Sum256([]byte(token))
-	v.mu.Lock()
-	c, known := v.remembered[hash]
-	v.mu.Unlock()
-	if !known {
-		if c, err = v.open(token); err != nil {
+	known, ok := v.remembered.Load(hash)
+	if !ok {
+		c, err := v.open(token)
+		if err != nil {
 			return claims{}, err
 		}
+		if v.opened.Add(1)%maxRemembered == 0 {
+			v.remembered.Clear()
+		}
+		v.remembered.Store(hash, c)
+		known = c
 	}
-	if err := c.checkDates(v.now()); err != nil {
-		return claims{}, err
-	}
-	if !known {
-		v.remember(hash, c, len(token))
+	c, now := known.(claims), float64(v.now().UnixMicro())/1e6
+	switch {
+	case now >= c.expiry+leeway:
+		return claims{}, tokenError("The token has expired")
+	case now < c.notBefore-leeway || now < c.issuedAt-leeway:
+		return claims{}, tokenError("The token is not valid yet: its nbf or iat is in the future")
 	}
 	return c, nil
 }
 
-// remember keeps the claims of a token of so many bytes. Where there is no room,
-// all others are forgotten: they are verified once more.
-func (v *verifier) remember(hash [sha256.Size]byte, c claims, bytes int) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.bytes += bytes; v.bytes > rememberedBytes {
-		clear(v.remembered)
-		v.bytes = bytes
-	}
-	v.remembered[hash] = c
-}
-
 // open returns the claims of a token whose signature is right, whatever the time.
-func (v *verifier) open(token string) (claims, error) {
+func (v *verifier) open(token string) (_ claims, err error) {
 	parts := strings.SplitN(token, ".", 4) // a fourth is one too many
-	if len(parts) != 3 {
-		return claims{}, errTokenParts
-	}
-	header, err1 := decodeBase64(parts[0])
-	payload, err2 := decodeBase64(parts[1])
-	signature, err3 := decodeBase64(parts[2])
-	if err1 != nil || err2 != nil || err3 != nil {
-		return claims{}, errTokenBase64
-	}
-	algorithm, kid, err := parseTokenHeader(header)
-	if err != nil {
-		return claims{}, err
+	decoded := make([][]byte, len(parts))
+	for i, part := range parts {
+		if decoded[i], err = decodeBase64(part); err != nil || len(parts) != 3 {
+			return claims{}, tokenError("This is not one token: three parts of unpadded base64url, with dots between them")
+		}
 	}
 	signed := token[:len(parts[0])+len(".")+len(parts[1])]
-	if err := v.checkSignature(algorithm, kid, []byte(signed), signature); err != nil {
+	if err := v.checkSignature(decoded[0], []byte(signed), decoded[2]); err != nil {
 		return claims{}, err
 	}
-	return v.readClaims(payload)
+	return v.readClaims(decoded[1])
 }
 
-// base64URL refuses padding, and bits behind the last byte that are not zero:
-// one token has one spelling (RFC 7515, section 2; RFC 4648, section 3.5).
-var base64URL = base64.RawURLEncoding.Strict()
-
-// decodeBase64 decodes unpadded base64url. Line breaks, which encoding/base64
-// passes over, are an error.
+// decodeBase64 decodes base64url without padding. One token has one spelling
+// (RFC 7515, section 2; RFC 4648, section 3.5): line breaks, which encoding/base64
+// passes over, are an error, and so are bits behind the last byte that are not zero.
 func decodeBase64(s string) ([]byte, error) {
-	if strings.ContainsAny(s, "\r\n") {
-		return nil, errors.New("line break in base64url")
+	if i := strings.IndexAny(s, "\r\n"); i >= 0 {
+		return nil, base64.CorruptInputError(i)
 	}
-	return base64URL.DecodeString(s)
+	return base64.RawURLEncoding.Strict().DecodeString(s)
 }
 
-// parseTokenHeader returns the members of a header (RFC 7515, section 4.1) that
-// help to find the key. The kid is empty when there is none.
-func parseTokenHeader(header []byte) (algorithm, kid string, err error) {
-	algorithmFits, kidFits := false, true // only kid may be absent
-	err = walkUniqueObject(header, func(name string, value []byte) error {
-		switch name {
-		case "alg":
-			algorithm, algorithmFits = jsonString(value)
-		case "kid":
-			kid, kidFits = jsonString(value)
-		case "crit": // in any form: section 4.1.11 has an empty one refused too
-			return errTokenCrit
-		}
+// uniqueMembers returns the values of a JSON object by the exact names. A name given
+// twice is an error: see [walkUniqueObject].
+func uniqueMembers(data []byte) (map[string][]byte, error) {
+	members := make(map[string][]byte)
+	err := walkUniqueObject(data, func(name string, value []byte) error {
+		members[name] = value
 		return nil
 	})
-	switch {
-	case errors.Is(err, errTokenCrit):
-		return "", "", err
-	case err != nil:
-		return "", "", errTokenHeader
-	case !algorithmFits:
-		return "", "", errTokenAlg
-	case !kidFits:
-		return "", "", errTokenKid
-	}
-	return algorithm, kid, nil
+	return members, err
 }
 
-// checkSignature looks for a key that made the signature. It goes by what the
-// keys take: "none" is taken by none, and HS256 by no public key (RFC 8725,
-// section 2.1). A kid narrows the search among the keys that have one.
-func (v *verifier) checkSignature(algorithm, kid string, input, signature []byte) error {
-	err := errTokenKey
+// checkSignature looks for a key that made the signature of the input. The header
+// (RFC 7515, section 4.1) only narrows the search: no key has a check for "none", no
+// public one for HS256 (RFC 8725, section 2.1), and none is fetched (jwk, jku, x5c, x5u).
+func (v *verifier) checkSignature(header, input, signature []byte) error {
+	members, err := uniqueMembers(header)
+	algorithm, isText := jsonString(members["alg"])
+	kid, kidIsText := jsonString(members["kid"])
+	switch {
+	case err != nil || !isText || members["kid"] != nil && !kidIsText:
+		return tokenError("The header of the token is not a JSON object of unique names whose alg, and kid if any, are strings")
+	case members["crit"] != nil: // in any form: section 4.1.11 has an empty one refused too
+		return tokenError("The token has a crit, and no extension is understood here")
+	}
+	err = tokenError("No known key fits the alg and the kid of the token")
 	for _, k := range v.keys {
-		if !k.takes(algorithm) || kid != "" && k.id != "" && kid != k.id {
+		check := k.checks[algorithm]
+		if check == nil || kid != "" && k.id != "" && kid != k.id {
 			continue
 		}
-		if k.verifies(algorithm, input, signature) {
+		if check(input, signature) {
 			return nil
 		}
-		err = errTokenSignature
+		err = tokenError("The signature of the token is wrong")
 	}
 	return err
 }
 
 // readClaims returns the claims (RFC 7519, section 4.1) of a token whose signature
 // is right. Claims that it does not know are ignored, as section 4 asks for.
-func (v *verifier) readClaims(payload []byte) (claims, error) {
-	var c claims
-	hasExpiry, issuerFits, audienceFits := false, v.issuer == "", v.audience == ""
-	err := walkUniqueObject(payload, func(name string, value []byte) error {
-		switch name {
-		case "exp", "nbf", "iat":
-			t, ok := numericDate(value)
-			if !ok {
-				return errTokenDate
-			}
-			switch name {
-			case "exp":
-				c.expiry, hasExpiry = t, true
-			case "nbf":
-				c.notBefore = t
-			case "iat":
-				c.issuedAt = t
-			}
-		case "iss":
-			var ok bool
-			c.issuer, ok = jsonString(value)
-			issuerFits = issuerFits || ok && c.issuer == v.issuer
-		case "aud": // one string, or an array of them
-			audience, ok := jsonString(value)
-			audiences, _ := jsonStrings(value)
-			audienceFits = audienceFits || ok && audience == v.audience || slices.Contains(audiences, v.audience)
-		case "sub":
-			var ok bool
-			if c.subject, ok = jsonString(value); !ok {
-				return errTokenSub
-			}
-		case "scope", "scp":
-			c.scoped = true
-			c.scopes = append(c.scopes, parseScopes(name, value)...)
-		}
-		return nil
-	})
-	known, isTokenError := errors.AsType[tokenError](err)
-	switch {
-	case isTokenError:
-		return claims{}, known
-	case err != nil:
-		return claims{}, errTokenClaims
-	case !hasExpiry:
-		return claims{}, errTokenNoExp
-	case !issuerFits:
-		return claims{}, errTokenIssuer
-	case !audienceFits:
-		return claims{}, errTokenAudience
+func (v *verifier) readClaims(payload []byte) (c claims, err error) {
+	members, err := uniqueMembers(payload)
+	if err != nil {
+		return claims{}, tokenError("The claims of the token are not a JSON object in which each name is given once")
 	}
+	for name, date := range map[string]*float64{"exp": &c.expiry, "nbf": &c.notBefore, "iat": &c.issuedAt} {
+		if members[name] == nil && name != "exp" {
+			continue
+		}
+		// Of all values in JSON, only a number is a float; 1e999 is none.
+		if *date, err = strconv.ParseFloat(string(members[name]), 64); err != nil {
+			return claims{}, tokenError("The token has no exp, or its exp, nbf or iat is not a number")
+		}
+	}
+	subject, isText := jsonString(members["sub"])
+	issuer, _ := jsonString(members["iss"])
+	audience, _ := jsonString(members["aud"]) // one string, or an array of them
+	switch {
+	case members["sub"] != nil && !isText:
+		return claims{}, tokenError("The sub of the token is not a string")
+	case v.issuer != "" && issuer != v.issuer:
+		return claims{}, tokenError("The token is from another issuer")
+	case v.audience != "" && audience != v.audience && !arrayHas(members["aud"], v.audience):
+		return claims{}, tokenError("The token is for another audience")
+	}
+	c.caller = caller{issuer: issuer, subject: subject}
+
+	// A scope is a string with spaces (RFC 8693, section 4.2); so is an scp, or an
+	// array. What one of another type holds counts for nothing.
+	scope, _ := jsonString(members["scope"])
+	scp, _ := jsonString(members["scp"])
+	scopes := strings.Split(scope+" "+scp, " ")
+	may := func(scope string) bool { return slices.Contains(scopes, scope) || arrayHas(members["scp"], scope) }
+	unscoped := members["scope"] == nil && members["scp"] == nil
+	c.mayRead, c.mayWrite = unscoped || may("users:read"), unscoped || may("users:write")
 	return c, nil
 }
 
-// numericDate returns the seconds since 1970 that a claim holds (RFC 7519,
-// section 2). A float64 takes fractions, and a number of any size that is not
-// infinite: 1e999 is an error.
-func numericDate(value []byte) (seconds float64, ok bool) {
-	if value[0] != '-' && (value[0] < '0' || value[0] > '9') {
-		return 0, false
-	}
-	seconds, err := strconv.ParseFloat(string(value), 64)
-	return seconds, err == nil
-}
-
-// parseScopes returns the scopes of a scope claim, a string with spaces between
-// them (RFC 8693, section 4.2), or of an scp claim, which is an array at some
-// identity providers. A claim of any other type grants nothing.
-func parseScopes(name string, value []byte) []string {
-	if s, ok := jsonString(value); ok {
-		return strings.Split(s, " ")
-	}
-	if name == "scp" {
-		list, _ := jsonStrings(value)
-		return list
-	}
-	return nil
-}
-
-// jsonStrings returns the strings of a JSON array, and reports whether it is an
-// array of nothing but strings.
-func jsonStrings(value []byte) (list []string, ok bool) {
-	if value[0] != '[' {
-		return nil, false
-	}
-	var elements []json.RawMessage
-	if err := json.Unmarshal(value, &elements); err != nil {
-		return nil, false
-	}
-	for _, element := range elements {
-		s, ok := jsonString(element)
-		if !ok {
-			return nil, false
-		}
-		list = append(list, s)
-	}
-	return list, true
+// arrayHas reports whether value is a JSON array of nothing but strings, with s among them.
+func arrayHas(value []byte, s string) bool {
+	var list []*string // nil for null
+	ok := json.Unmarshal(value, &list) == nil && !slices.Contains(list, nil)
+	return ok && slices.ContainsFunc(list, func(element *string) bool { return *element == s })
 }
 
 // A grant says what goes into a token that [mintToken] makes. What is empty is
@@ -340,7 +213,7 @@ type grant struct {
 
 // mintToken returns a token for the grant, issued now and signed with HS256.
 func mintToken(secret []byte, g grant, now time.Time) string {
-	payload, err := json.Marshal(struct {
+	payload, _ := json.Marshal(struct { // without an error: they are strings and integers
 		Issuer   string `json:"iss,omitempty"`
 		Subject  string `json:"sub,omitempty"`
 		Audience string `json:"aud,omitempty"`
@@ -348,75 +221,50 @@ func mintToken(secret []byte, g grant, now time.Time) string {
 		IssuedAt int64  `json:"iat"`
 		Expiry   int64  `json:"exp"`
 	}{g.issuer, g.subject, g.audience, g.scope, now.Unix(), now.Add(g.ttl).Unix()})
-	if err != nil {
-		panic(err) // strings and integers can always be encoded
-	}
-	signed := base64URL.EncodeToString([]byte(`{"alg":"HS256","typ":"JWT"}`)) + "." + base64URL.EncodeToString(payload)
-	return signed + "." + base64URL.EncodeToString(hmacSum(crypto.SHA256, secret, []byte(signed)))
+	encode := base64.RawURLEncoding.EncodeToString
+	signed := encode([]byte(`{"alg":"HS256","typ":"JWT"}`)) + "." + encode(payload)
+	return signed + "." + encode(sum(hmac.New(crypto.SHA256.New, secret), []byte(signed)))
 }
 
 // requireAuth lets a request pass to next only with a token that allows its
 // method. It stands before the routes, so that without a token an unknown route
 // looks like a known one.
 func requireAuth(v *verifier, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if err := authorize(v, w, r); err != nil {
-			writeError(w, r, err)
-			return
+	return handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		token := bearerToken(r)
+		if token == "" { // RFC 6750, section 3.1: no error code where no token was sent
+			return refusal(kindUnauthorized, "Missing bearer token", "")
+		}
+		c, err := v.verify(token)
+		if err != nil {
+			return refusal(kindUnauthorized, err.Error(), `, error="invalid_token", error_description="`+err.Error()+`"`)
+		}
+		exchangeOf(w).caller = c.caller
+		scope, allowed := "users:write", c.mayWrite
+		if r.Method == http.MethodGet || r.Method == http.MethodHead {
+			scope, allowed = "users:read", c.mayRead
+		}
+		if !allowed {
+			message := "The token lacks the scope " + scope
+			return refusal(kindForbidden, message, `, error="insufficient_scope", error_description="`+message+`", scope="`+scope+`"`)
 		}
 		next.ServeHTTP(w, r)
+		return nil
 	})
 }
 
-// authorize returns the failure that keeps r from the API, or nil.
-func authorize(v *verifier, w http.ResponseWriter, r *http.Request) error {
-	token, err := bearerToken(r)
-	if token == "" && err == nil {
-		// RFC 6750, section 3.1: no error code where no token was sent.
-		return refusal(kindUnauthorized, "Missing bearer token", "")
+// bearerToken returns the token of the Authorization header, empty if there is none.
+// Two headers are one with a comma (RFC 9110, section 5.3), and no token has a comma.
+func bearerToken(r *http.Request) string {
+	scheme, token, _ := strings.Cut(strings.Join(r.Header["Authorization"], ", "), " ")
+	if !strings.EqualFold(scheme, "Bearer") { // RFC 9110, section 11.1
+		return ""
 	}
-	var c claims
-	if err == nil {
-		c, err = v.verify(token)
-	}
-	if err != nil {
-		return refusal(kindUnauthorized, err.Error(), `, error="invalid_token", error_description="`+err.Error()+`"`)
-	}
-	exchangeOf(w).caller = c.caller
-
-	scope := "users:write"
-	if r.Method == http.MethodGet || r.Method == http.MethodHead {
-		scope = "users:read"
-	}
-	if !c.allows(scope) {
-		message := "The token lacks the scope " + scope
-		return refusal(kindForbidden, message,
-			`, error="insufficient_scope", error_description="`+message+`", scope="`+scope+`"`)
-	}
-	return nil
-}
-
-// bearerToken returns the token of the Authorization header, empty if there is
-// none. Two headers are an error: which one a proxy has checked, nobody knows.
-func bearerToken(r *http.Request) (string, error) {
-	fields := r.Header["Authorization"]
-	switch len(fields) {
-	case 0:
-		return "", nil
-	case 1:
-		scheme, token, _ := strings.Cut(fields[0], " ")
-		if !strings.EqualFold(scheme, "Bearer") { // RFC 9110, section 11.1
-			return "", nil
-		}
-		return strings.Trim(token, " "), nil
-	default:
-		return "", errTokenCount
-	}
+	return strings.Trim(token, " ")
 }
 
 // refusal returns the failure with the challenge that RFC 6750, section 3, adds
 // to it.
 func refusal(k kind, message, parameters string) *failure {
-	challenge := `Bearer realm="rollcall"` + parameters
-	return &failure{kind: k, message: message, header: http.Header{"Www-Authenticate": {challenge}}}
+	return &failure{kind: k, message: message, header: http.Header{"Www-Authenticate": {`Bearer realm="rollcall"` + parameters}}}
 }

@@ -147,17 +147,17 @@ func FuzzBearerToken(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, field string) {
 		r := &http.Request{Header: http.Header{"Authorization": {field}}}
-		token, err := bearerToken(r)
+		token := bearerToken(r)
 		want := ""
 		if len(field) > 7 && strings.EqualFold(field[:7], "Bearer ") {
 			want = strings.Trim(field[7:], " ")
 		}
-		if err != nil || token != want {
-			t.Errorf("%q: %q, %v; want %q", field, token, err, want)
+		if token != want {
+			t.Errorf("%q: %q; want %q", field, token, want)
 		}
 		r.Header.Add("Authorization", field)
-		if token, err := bearerToken(r); err == nil {
-			t.Errorf("%q twice: %q", field, token)
+		if token := bearerToken(r); token != "" && !strings.Contains(token, ",") {
+			t.Errorf("%q twice: %q, which may be a token", field, token)
 		}
 	})
 }
