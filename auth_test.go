@@ -576,13 +576,13 @@ func TestRememberedToken(t *testing.T) {
 	}
 }
 
-// TestManyTokens has callers send more tokens than are remembered.
+// TestManyTokens has clients send more tokens than are remembered.
 func TestManyTokens(t *testing.T) {
 	t.Parallel()
 	v := fixedVerifier("", "", mustSecret(t, tokenSecret))
-	var callers sync.WaitGroup
+	var clients sync.WaitGroup
 	for i := range 8 {
-		callers.Go(func() {
+		clients.Go(func() {
 			for j := range maxRemembered/8 + 10 {
 				want := fmt.Sprintf("%d of %d", j, i)
 				token := signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, `{"exp":1700000001,"sub":"`+want+`"}`)
@@ -595,7 +595,7 @@ func TestManyTokens(t *testing.T) {
 			}
 		})
 	}
-	callers.Wait()
+	clients.Wait()
 	n := 0
 	v.remembered.Range(func(_, _ any) bool { n++; return true })
 	if n == 0 || n > 100 { // of 80 too many, and those that others were about to add
