@@ -212,11 +212,8 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	}
 	log := newLogger(cfg, stderr)
 	log.Debug("configuration", "values", cfg)
-	for _, err := range cfg.ignoredKeys {
-		log.Warn("JWT_PUBLIC_KEY_FILE: a key is passed over", "error", err.Error())
-	}
-	if cfg.warning != "" {
-		log.Warn("DATABASE_URL: " + cfg.warning)
+	for _, warning := range cfg.warnings {
+		log.Warn(warning)
 	}
 	s := openStore(cfg, log)
 	defer s.close()

@@ -146,7 +146,7 @@ var badBodies = []struct {
 	{"name blank", `{"email":"a@example.com","name":" \t\u00a0"}`, nil, 400, "Validation error: Name cannot be empty"},
 	{"name of 256 characters", `{"email":"a@example.com","name":"` + strings.Repeat("é", 256) + `"}`, nil, 400, "Validation error: Name cannot be longer than 255 characters"},
 	{"name with NUL", `{"email":"a@example.com","name":"a\u0000"}`, nil, 400, "Validation error: Name cannot contain a NUL character"},
-	{"too large", `{"x":"` + strings.Repeat("x", 1<<20) + `"}`, nil, 413, "The body is larger than 1048576 bytes"},
+	{"too large", `{"x":"` + strings.Repeat("x", 1<<16) + `"}`, nil, 413, "The body is larger than 65536 bytes"},
 }
 
 func TestCreateErrors(t *testing.T) {
