@@ -53,15 +53,13 @@ type config struct {
 // A variable of the environment.
 type variable struct {
 	name, byDefault, help string
-	// parse stores a value, which is never empty, in a field of a config. Its error continues the sentence that begins with it.
-	parse func(value string) error
+	parse                 func(value string) error // value is never empty, and the error continues the sentence that it begins
 }
 
 // secrets are the variables whose values are never shown.
 var secrets = []string{"DATABASE_URL", "JWT_SECRET"}
 
-// variables returns every variable there is, to be stored in c. loadConfig reads them and reports mistakes in this order,
-// and -h lists them.
+// variables returns every variable that sets c, in the order in which mistakes are reported and -h lists them.
 func (c *config) variables() []variable {
 	return []variable{
 		{"DATABASE_URL", "", "required: postgres://user:password@host:5432/database", c.setDatabase},
@@ -78,7 +76,7 @@ func (c *config) variables() []variable {
 		{"LOG_FORMAT", "json", "json or text", choice(&c.logFormat, map[string]string{"json": "json", "text": "text"})},
 		{"DB_MAX_CONNS", "10", "connections to PostgreSQL, at most", number(&c.dbMaxConns, 1, 10_000)},
 		{"REQUEST_TIMEOUT", "10s", "how long a request may take", duration(&c.requestTimeout, 1)},
-		{"SHUTDOWN_TIMEOUT", "20s", "how long running requests may go on after that", duration(&c.shutdownTimeout, 1)},
+		{"SHUTDOWN_TIMEOUT", "20s", "how long running requests may take to finish at a stop", duration(&c.shutdownTimeout, 1)},
 		{"DRAIN_DELAY", "0s", "how long new requests are still served after a stop signal", duration(&c.drainDelay, 0)},
 		{"MAX_BODY_BYTES", "65536", "largest body of a request", number(&c.maxBodyBytes, 1, 1<<30)},
 		{"MAX_IN_FLIGHT", "1024", "requests served at once; those beyond get a 503", number(&c.maxInFlight, 1, 1_000_000)},
@@ -102,8 +100,7 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 	var c config
 	var mistakes []error
 	refuse := func(name, format string, args ...any) {
-		line := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; ")
-		mistakes = append(mistakes, errors.New(name+": "+line))
+		mistakes = append(mistakes, errors.New(name+": "+strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; ")))
 	}
 	for _, v := range c.variables() {
 		if dev && v.name == "HOST" {
@@ -180,7 +177,7 @@ func (c *config) setKeyFile(path string) error {
 
 // unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
 func unsupported(string) error {
-	return errors.New("is for a later version: this one does not have it yet, leave it unset")
+	return errors.New("is for a later version, this one does not have it: leave it unset")
 }
 
 func asGiven(value string) (string, error) { return value, nil }
@@ -265,8 +262,7 @@ func parseOrigins(v string) ([]string, error) {
 			_, err = strconv.ParseUint(cmp.Or(u.Port(), "80"), 10, 16)
 		}
 		if err != nil || !originForm.MatchString(origin) {
-			return nil, fmt.Errorf("has %.80q, which is no origin; it takes * alone, or scheme://host[:port] without "+
-				"a path or closing slash, several with commas between, names beyond ASCII as xn--", origin)
+			return nil, fmt.Errorf("has %.80q, which is no origin; it takes * alone, or scheme://host[:port], comma-separated", origin)
 		}
 		origins = append(origins, strings.TrimSuffix(origin, defaultPorts[u.Scheme]))
 	}

@@ -15,8 +15,7 @@ import (
 // dotenvFile is read by serving and by "rollcall token", and by no other command.
 var dotenvFile = ".env" // not by the tests, which would find what the developer has
 
-// maxDotenv bounds the file: a .env is a page of text, and whatever is larger got its name by mistake.
-const maxDotenv = 1 << 20
+const maxDotenv = 1 << 20 // bytes: a .env is a page of text, and whatever is larger got its name by mistake
 
 // withDotenv returns a getenv that falls back on the file at path. The environment wins, so that one run can differ from
 // the file; an empty variable there counts as unset. What a service manager tells one process is never taken from the file.
@@ -34,9 +33,10 @@ func withDotenv(getenv func(string) string, path string, stderr io.Writer) (func
 		return values[name]
 	}
 	if len(skipped) > 0 {
-		// Before the configuration is read: what was passed over may explain what it lacks. Ten lines tell of a file that is no .env.
+		// Before the configuration is read: what was passed over may explain what it lacks. Ten lines are enough to do so.
+		lines := strings.Join(skipped[:min(len(skipped), 10)], "; ")
 		log := newLogger(config{logFormat: strings.ToLower(merged("LOG_FORMAT"))}, stderr)
-		log.Warn("passed over what concerns no variable of rollcall", "file", path, "lines", strings.Join(skipped[:min(len(skipped), 10)], "; "))
+		log.Warn("passed over what concerns no variable of rollcall", "file", path, "lines", lines)
 	}
 	return merged, nil
 }
@@ -116,11 +116,11 @@ func readStatement(text string) (name, value, rest, mistake string) {
 		return "", "", rest, ""
 	}
 	m := dotenvName.FindStringSubmatch(line)
-	_, tail, hasValue := strings.Cut(line, "=")
+	_, tail, _ := strings.Cut(line, "=")
 	value = strings.Trim(dotenvComment.ReplaceAllString(tail, ""), blanks)
 	closed := !strings.HasPrefix(value, "'") && !strings.HasPrefix(value, `"`)
 	after := text[len(line)-len(tail):]
-	if q := dotenvQuoted.FindStringSubmatch(after); q != nil && hasValue {
+	if q := dotenvQuoted.FindStringSubmatch(after); q != nil {
 		value, rest, closed = q[1]+dotenvEscapes.Replace(q[2]), after[len(q[0]):], true
 	}
 	if m[2] == "" || !closed || !utf8.ValidString(value) || strings.Contains(value, "\x00") {
