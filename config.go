@@ -86,14 +86,6 @@ func (c *config) variables() []variable {
 	}
 }
 
-var variables = new(config).variables()
-
-// set parses a value for c.
-func (v variable) set(c *config, value string) error {
-	i := slices.IndexFunc(variables, func(other variable) bool { return other.name == v.name })
-	return c.variables()[i].parse(value)
-}
-
 // loadConfig reads the configuration through getenv; with dev, HOST defaults to this machine alone. The error reports
 // every mistake at once, a line each: the variable, what it held unless that is a secret, and what it takes.
 func loadConfig(getenv func(string) string, dev bool) (config, error) {
@@ -144,7 +136,7 @@ func (c config) LogValue() slog.Value { return slog.GroupValue(c.shown...) }
 // variablesHelp returns every variable with its default and what it is for, a line each.
 func variablesHelp() string {
 	var b strings.Builder
-	for _, v := range variables {
+	for _, v := range new(config).variables() {
 		fmt.Fprintf(&b, "  %-20s %-8s %s\n", v.name, cmp.Or(v.byDefault, "-"), v.help)
 	}
 	return b.String()

@@ -269,7 +269,7 @@ func TestConfigReportsAllMistakesAtOnce(t *testing.T) {
 	// Every variable is wrong, except for the two that take anything.
 	env := make(map[string]string)
 	var want []string
-	for _, v := range variables {
+	for _, v := range new(config).variables() {
 		if v.name == "JWT_ISSUER" || v.name == "JWT_AUDIENCE" {
 			continue
 		}

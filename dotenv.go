@@ -89,6 +89,7 @@ func parseDotenv(data []byte) (values map[string]string, skipped []string, err e
 	}
 	text = strings.TrimPrefix(text, "\ufeff") // a mark of such editors, too
 	values = make(map[string]string)
+	variables := new(config).variables()
 	for line := 1; text != ""; {
 		name, value, rest, mistake := readStatement(strings.TrimLeft(text, blanks))
 		if _, taken := values[name]; taken && mistake == "" {

@@ -53,11 +53,11 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 // healthConfig reads what checkHealth needs, so that it can be run with less
 // than the whole configuration.
 func healthConfig(getenv func(string) string) (cfg config, err error) {
-	for _, v := range variables {
+	for _, v := range cfg.variables() {
 		switch v.name {
 		case "HOST", "PORT", "TLS_CERT_FILE":
 			if value := cmp.Or(getenv(v.name), v.byDefault); value != "" {
-				if err := v.set(&cfg, value); err != nil {
+				if err := v.parse(value); err != nil {
 					return cfg, usageError(fmt.Sprintf("%s: %q %v", v.name, value, err))
 				}
 			}
