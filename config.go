@@ -169,7 +169,7 @@ func (c *config) setKeyFile(path string) error {
 
 // unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
 func unsupported(string) error {
-	return errors.New("is for a later version, this one does not have it: leave it unset")
+	return errors.New("is for a later version of rollcall: leave it unset")
 }
 
 func asGiven(value string) (string, error) { return value, nil }
@@ -211,7 +211,7 @@ func number[T int | int64](field *T, low, high T) func(string) error {
 func duration(field *time.Duration, least time.Duration) func(string) error {
 	return parsed(field, func(value string) (time.Duration, error) {
 		d, err := time.ParseDuration(value)
-		if err != nil || d < least || d > 24*time.Hour || strings.HasSuffix(value, "0") { // 0 has no unit
+		if err != nil || d < least || d > 24*time.Hour || strings.HasSuffix(value, "0") { // "0" is taken without a unit
 			return 0, fmt.Errorf(`is not a time with its unit from %v to 24h, such as "10s" or "1m30s"`, least)
 		}
 		return d, nil
@@ -254,7 +254,7 @@ func parseOrigins(v string) ([]string, error) {
 			_, err = strconv.ParseUint(cmp.Or(u.Port(), "80"), 10, 16)
 		}
 		if err != nil || !originForm.MatchString(origin) {
-			return nil, fmt.Errorf("has %.80q, which is no origin; it takes * alone, or scheme://host[:port], comma-separated", origin)
+			return nil, fmt.Errorf("has %.80q, which is no origin; it takes *, or scheme://host[:port], comma-separated", origin)
 		}
 		origins = append(origins, strings.TrimSuffix(origin, defaultPorts[u.Scheme]))
 	}

@@ -164,8 +164,8 @@ func TestConfigRefuses(t *testing.T) {
 		host   = " is not an IP address or a host name; no scheme, and the port goes into PORT"
 		port   = " is not a whole number from 0 to 65535"
 		time   = ` is not a time with its unit from 1ns to 24h, such as "10s" or "1m30s"`
-		later  = " is for a later version, this one does not have it: leave it unset"
-		origin = ", which is no origin; it takes * alone, or scheme://host[:port], comma-separated"
+		later  = " is for a later version of rollcall: leave it unset"
+		origin = ", which is no origin; it takes *, or scheme://host[:port], comma-separated"
 	)
 	for _, test := range []struct {
 		env  string // variables, a line each, beside the least that is required

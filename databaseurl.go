@@ -23,9 +23,8 @@ const databaseForms = "postgres://user:password@host:5432/database?sslmode=requi
 // errDatabaseURL is all that is said of a value that makes no sense. Any piece of it may be a piece of the password, and
 // the errors of net/url and lib/pq quote such pieces.
 var errDatabaseURL = errors.New("not shown, for it may hold a password; it takes " + databaseForms +
-	"; in a URL, special characters of the password are percent-encoded (@ as %40, / as %2F, # as %23), " +
-	"in the second form a value with spaces stands in single quotes; there are no quotes around the whole " +
-	"(docker's --env-file leaves them in), and a service is one of PGSERVICEFILE")
+	"; in a URL, special characters of the password are percent-encoded (@ as %40, / as %2F, # as %23); quotes stand around " +
+	"single values of the second form alone (docker's --env-file takes none off); a service is one of PGSERVICEFILE")
 
 // safeReason matches what may be shown of an error of lib/pq: the setting or the variable at fault, not its value.
 var safeReason = regexp.MustCompile(`^pq: ((wrong value for|unsupported|environment variable) ["$]?\w+"?|` +
