@@ -52,7 +52,7 @@ func benchUpdate(n int64) string {
 // Benchmark has a sub-benchmark for each kind of request and each service. To
 // compare, divide the ns/op of one service by those of the other.
 func Benchmark(b *testing.B) {
-	dev, err := startDevDatabase(context.Background(), b.TempDir())
+	dev, err := startPostgres(context.Background(), b.TempDir())
 	if err != nil {
 		b.Fatal(err)
 	}

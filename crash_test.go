@@ -31,13 +31,13 @@ func TestChaosCrash(t *testing.T) {
 	onlyLinux(t)
 	rounds := chaosRounds(t, 5, 1)
 	dir := socketDir(t)
-	d, err := startDevDatabase(t.Context(), dir) // with PostgreSQL's defaults: it acknowledges what is on disk
+	d, err := startPostgres(t.Context(), dir) // with PostgreSQL's defaults: it acknowledges what is on disk
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.stop() })
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
-		if got := devQuery(t, d, "SHOW "+setting); got != "on" {
+		if got := queryPostgres(t, d, "SHOW "+setting); got != "on" {
 			t.Fatalf("%s is %s: PostgreSQL may forget what it has acknowledged", setting, got)
 		}
 	}
@@ -51,7 +51,7 @@ func TestChaosCrash(t *testing.T) {
 		killDatabase(t, d)
 		d.stop() // tidies up; its error is that PostgreSQL was killed
 		url := d.url()
-		if d, err = startDevDatabase(t.Context(), dir); err != nil {
+		if d, err = startPostgres(t.Context(), dir); err != nil {
 			t.Fatal(err)
 		}
 		if d.url() != url {
@@ -74,9 +74,9 @@ func TestChaosCrash(t *testing.T) {
 // killDatabase kills all processes of a PostgreSQL at once, and returns when its
 // first one has ended. Each of them leads a process group of its own, so a signal
 // to the group of the first would leave the others time to finish and to answer.
-func killDatabase(t *testing.T, d *devDatabase) {
+func killDatabase(t *testing.T, d *privatePostgres) {
 	t.Helper()
-	first := d.server.cmd.Process.Pid
+	first := serverPid(t, d)
 	if err := syscall.Kill(first, syscall.SIGSTOP); err != nil { // so that it starts no more of them
 		t.Fatal(err)
 	}

@@ -257,7 +257,7 @@ func TestSSLModes(t *testing.T) {
 	certFile, keyFile := writeCertificate(t, n.path("data"), "rollcall.test")
 	access := "host all rollcall 127.0.0.1/32 trust\nhostnossl all plain 127.0.0.1/32 trust\nhostssl all secure 127.0.0.1/32 trust\n"
 	conf := "ssl = on\nssl_cert_file = 'cert.pem'\nssl_key_file = 'key.pem'\n"
-	err := errors.Join(n.own(certFile), n.own(keyFile), os.WriteFile(n.path("data/pg_hba.conf"), []byte(access), 0o600),
+	err := errors.Join(n.chown(certFile), n.chown(keyFile), os.WriteFile(n.path("data/pg_hba.conf"), []byte(access), 0o600),
 		os.WriteFile(n.path("data/postgresql.auto.conf"), []byte(conf), 0o600))
 	if err != nil {
 		t.Fatal(err)

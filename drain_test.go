@@ -172,7 +172,8 @@ func TestBalancer(t *testing.T) {
 		}
 	}
 
-	server.server.stop()
+	server.cancel()
+	<-server.exited()
 	waitFor(t, "HAProxy to have asked in vain", func() bool {
 		return strings.Count(replicas[1].stderr.String(), `"path":"/health/ready","status":503`) > 2
 	})

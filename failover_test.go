@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -25,7 +26,7 @@ import (
 
 // A node is a PostgreSQL that listens on 127.0.0.1.
 type node struct {
-	*devDatabase
+	*privatePostgres
 	t    *testing.T
 	port string
 	db   *sql.DB // for the test itself
@@ -34,16 +35,19 @@ type node struct {
 // newNode makes the folder of a node, still without data. It is gone with the test.
 func newNode(t *testing.T, port string) *node {
 	t.Helper()
-	n := &node{t: t, port: port, devDatabase: &devDatabase{dir: t.TempDir()}}
+	n := &node{t: t, port: port, privatePostgres: &privatePostgres{dir: t.TempDir()}}
 	t.Cleanup(func() {
 		if n.db != nil {
 			n.db.Close()
 		}
 		n.stop() // how it ends is no matter: the data goes too
 	})
-	err := n.openFolder(t.Context())
+	err := n.lockFolder(t.Context())
 	if err == nil {
-		n.programs, err = findPrograms(programFolders(), 0)
+		err = n.choosePrograms(t.Context())
+	}
+	if err == nil {
+		err = n.chooseAccount(t.Context())
 	}
 	if err == nil { // where one of them is a link, as a link to it alone, the others are beside what it leads to
 		n.programs, err = filepath.EvalSymlinks(filepath.Join(n.programs, "initdb"))
@@ -91,15 +95,11 @@ func (n *node) serve() {
 	if err := os.Remove(n.path("data/postmaster.pid")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		n.t.Fatal(err)
 	}
-	var err error
-	n.server, err = n.start("postgres", "-D", n.path("data"), "-c", "listen_addresses=127.0.0.1", "-c", "port="+n.port,
+	n.privatePostgres.serve("-D", n.path("data"), "-c", "listen_addresses=127.0.0.1", "-c", "port="+n.port,
 		"-c", "unix_socket_directories=", "-c", "max_connections=200",
 		"-c", "wal_retrieve_retry_interval=500ms", // as README.md has it: a standby that waits for more is promoted after that
 		"-c", "fsync=off", // kill -9 takes nothing back from the kernel
 		"-c", "dynamic_shared_memory_type=mmap") // in the folder, to go with it
-	if err != nil {
-		n.t.Fatal(err)
-	}
 }
 
 // replicate starts a standby of n on that port, and makes it synchronous: a
@@ -108,7 +108,7 @@ func (n *node) serve() {
 func (n *node) replicate(port string) *node {
 	n.t.Helper()
 	standby := newNode(n.t, port)
-	standby.run("pg_basebackup", "-d", "postgres://rollcall:secret@127.0.0.1:"+n.port, "-D", standby.path("data"),
+	standby.runProgram("pg_basebackup", "-d", "postgres://rollcall:secret@127.0.0.1:"+n.port, "-D", standby.path("data"),
 		"-R", "-c", "fast", "--no-sync")
 	standby.serve()
 	n.waitTrue("SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
@@ -122,18 +122,14 @@ func (n *node) replicate(port string) *node {
 // promote makes a standby the primary, and returns when it is.
 func (n *node) promote() {
 	n.t.Helper()
-	n.run("pg_ctl", "promote", "-D", n.path("data"))
+	n.runProgram("pg_ctl", "promote", "-D", n.path("data"))
 }
 
-// run runs one of PostgreSQL's programs to its end.
-func (n *node) run(program string, args ...string) {
+// runProgram runs one of PostgreSQL's programs to its end.
+func (n *node) runProgram(program string, args ...string) {
 	n.t.Helper()
-	p, err := n.start(program, args...)
-	if err != nil {
+	if err := n.run(n.t.Context(), program, args...); err != nil {
 		n.t.Fatal(err)
-	}
-	if <-p.done; p.err != nil {
-		n.t.Fatal(n.failure(program, p.err))
 	}
 }
 
@@ -146,7 +142,7 @@ func (n *node) waitTrue(query string) {
 // kill kills all processes of the server at once, for good.
 func (n *node) kill() {
 	n.t.Helper()
-	killDatabase(n.t, n.devDatabase)
+	killDatabase(n.t, n.privatePostgres)
 	// The kernel keeps the memory by which a next server would see that this one
 	// still runs. It is not to be kept for ever: its number is the last on the
 	// seventh line.
@@ -236,16 +232,16 @@ func startProxy(t *testing.T, n *node, port, path, configuration string, args ..
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(n.own(file), n.own(log.Name())); err != nil {
+	if err := errors.Join(n.chown(file), n.chown(log.Name())); err != nil {
 		t.Fatal(err)
 	}
-	proxy := devDatabase{account: n.account, programs: filepath.Dir(path), log: log}
-	p, err := proxy.start(program, append(args, file)...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	proxy := privatePostgres{account: n.account, programs: filepath.Dir(path), log: log}
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- proxy.run(ctx, program, append(args, file)...) }()
 	t.Cleanup(func() {
-		p.stop()
+		stop()
+		<-ended // with an error: it was interrupted
 		log.Close()
 		if content, _ := os.ReadFile(log.Name()); t.Failed() {
 			t.Logf("%s:\n%s", program, content[max(0, len(content)-8<<10):])
@@ -425,7 +421,8 @@ func TestChaosPgBouncer(t *testing.T) {
 		if round%2 == 0 {
 			server.kill()
 		} else {
-			server.server.stop()
+			server.cancel()
+			<-server.exited()
 		}
 		server.serve()
 		l.wait(calls)
@@ -444,7 +441,7 @@ func startPgBouncer(t *testing.T, n *node, serverPort string, settings ...string
 	if err := os.WriteFile(users, []byte(`"rollcall" "secret"`+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.own(users); err != nil {
+	if err := n.chown(users); err != nil {
 		t.Fatal(err)
 	}
 	startProxy(t, n, port, findProxy(t, "pgbouncer"), readmeBlock(t, "; pgbouncer.ini",

@@ -176,7 +176,7 @@ func TestChaosDiskFull(t *testing.T) {
 	}
 	d := testDatabase(t)
 	dir := filepath.Join(d.dir, "small")
-	if err := d.emptyFolder(dir); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", dir).CombinedOutput(); err != nil {
@@ -187,7 +187,7 @@ func TestChaosDiskFull(t *testing.T) {
 			t.Errorf("umount: %v %s", err, out)
 		}
 	})
-	if err := d.own(dir); err != nil {
+	if err := d.chown(dir); err != nil {
 		t.Fatal(err)
 	}
 	_, owner := newSchema(t)
@@ -356,7 +356,7 @@ func TestConnectionsUsedUp(t *testing.T) {
 	testDatabase(t) // who can't start that one can't start one more either
 	dir := socketDir(t)
 	const most = 8
-	d, err := startDevDatabase(t.Context(), dir, fmt.Sprintf("max_connections=%d", most), "superuser_reserved_connections=0", "max_wal_senders=0", "fsync=off")
+	d, err := startPostgres(t.Context(), dir, fmt.Sprintf("max_connections=%d", most), "superuser_reserved_connections=0", "max_wal_senders=0", "fsync=off")
 	if err != nil {
 		t.Fatal(err)
 	}

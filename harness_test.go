@@ -43,16 +43,16 @@ func TestMain(m *testing.M) {
 var postgres struct {
 	once    sync.Once
 	dir     string
-	started *devDatabase
+	started *privatePostgres
 	err     error
 }
 
-func testDatabase(t testing.TB) *devDatabase {
+func testDatabase(t testing.TB) *privatePostgres {
 	t.Helper()
 	postgres.once.Do(inBackground(func() {
 		if postgres.dir, postgres.err = os.MkdirTemp("", "rollcall-test-"); postgres.err == nil {
 			// The data is thrown away, so it need not survive a crash of the machine.
-			postgres.started, postgres.err = startDevDatabase(context.Background(), postgres.dir,
+			postgres.started, postgres.err = startPostgres(context.Background(), postgres.dir,
 				"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=400")
 		}
 	}))

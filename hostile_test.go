@@ -322,7 +322,7 @@ func ownProcessor(t testing.TB, db *sql.DB) string {
 		return "0"
 	}
 	move := func(to int) {
-		pids := []int{os.Getpid(), testDatabase(t).server.cmd.Process.Pid}
+		pids := []int{os.Getpid(), serverPid(t, testDatabase(t))}
 		rows, err := db.Query("SELECT pid FROM pg_stat_activity")
 		if err != nil {
 			t.Fatal(err)

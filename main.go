@@ -194,7 +194,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return usageError(err.Error())
 	}
-	var private *devDatabase
+	var private *privatePostgres
 	if dev {
 		if private, getenv, err = prepareDev(ctx, getenv, stderr); err != nil {
 			if ctx.Err() != nil { // Ctrl-C while it was starting
@@ -202,9 +202,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 			}
 			return err
 		}
-		if private != nil {
-			defer func() { err = errors.Join(err, private.stop()) }()
-		}
+		defer func() { err = errors.Join(err, private.stop()) }()
 	}
 	cfg, err := loadConfig(getenv, dev)
 	if err != nil {
@@ -281,19 +279,15 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 			go h.report(ctx, manager, listener.Addr(), cert != nil, log)
 		}
 		if dev {
-			greet(stdout, cfg, listener.Addr(), private != nil)
+			printQuickstart(stdout, cfg, listener.Addr())
 		}
 	}()
 
-	var died <-chan struct{}
-	if private != nil {
-		died = private.exited()
-	}
 	select {
 	case err := <-failed:
 		server.Close()
 		return err
-	case <-died:
+	case <-private.exited():
 		server.Close()
 		return errors.New("the private PostgreSQL has ended; .dev/postgres.log tells why")
 	case <-ctx.Done():

@@ -128,7 +128,7 @@ func newDatabase(t *testing.T, options, role string) (databaseURL string, db *sq
 	name := fmt.Sprintf("database_%d", schemas.Add(1))
 	mustExec(t, admin, "CREATE DATABASE "+name+" TEMPLATE template0 "+options)
 	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)") })
-	databaseURL = testDatabase(t).urlOf(name)
+	databaseURL = testDatabase(t).url() + " dbname=" + name
 	db, err := sql.Open("postgres", databaseURL)
 	if err != nil {
 		t.Fatal(err)

@@ -2,11 +2,11 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	osuser "os/user" // user is a type of ours
@@ -17,18 +17,19 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // When this variable names a folder, the test binary is no test: it starts the
 // database in there, says so, and waits to be killed.
-const devHelperVar = "ROLLCALL_TEST_DEV_HELPER"
+const helperVar = "ROLLCALL_TEST_POSTGRES_HELPER"
 
 func init() {
-	dir := os.Getenv(devHelperVar)
+	dir := os.Getenv(helperVar)
 	if dir == "" {
 		return
 	}
-	d, err := startDevDatabase(context.Background(), dir, "fsync=off")
+	d, err := startPostgres(context.Background(), dir, "fsync=off")
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -38,11 +39,11 @@ func init() {
 	os.Exit(1)
 }
 
-// startDev starts a database that is stopped when the test ends.
-func startDev(t *testing.T, dir string, settings ...string) *devDatabase {
+// startPrivate starts a database that is stopped when the test ends.
+func startPrivate(t *testing.T, dir string, settings ...string) *privatePostgres {
 	t.Helper()
 	checkLeaks(t)
-	d, err := startDevDatabase(t.Context(), dir, append(settings, "fsync=off")...)
+	d, err := startPostgres(t.Context(), dir, append(settings, "fsync=off")...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,30 +51,53 @@ func startDev(t *testing.T, dir string, settings ...string) *devDatabase {
 	return d
 }
 
-// stopDev stops a database, and checks that it leaves nothing behind.
-func stopDev(t *testing.T, d *devDatabase) {
+// stopPrivate stops a database, and checks that it leaves nothing behind.
+func stopPrivate(t *testing.T, d *privatePostgres) {
 	t.Helper()
 	if err := d.stop(); err != nil {
 		t.Error(err)
 	}
 	assertNoServer(t, d.dir)
-	if _, err := os.Stat(d.sockets); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the folder of the socket is still there: %v", err)
+	for _, name := range []string{d.path("data/.s.PGSQL.5432"), d.path("data/postmaster.pid"), cmp.Or(d.temporary, "/none")} {
+		if exists(name) {
+			t.Errorf("%s is still there", name)
+		}
 	}
 }
 
-// assertNoServer checks that no process of PostgreSQL runs on the data in dir: each
-// of them would have the lock.
+// assertNoServer checks that no process of PostgreSQL runs on the data in dir, or not
+// for long: each of them has the lock.
 func assertNoServer(t *testing.T, dir string) {
 	t.Helper()
-	f, err := lockFile(filepath.Join(dir, "lock.postgres"))
+	f, err := lockFile(t.Context(), filepath.Join(dir, "lock"), 10*time.Second)
 	if err != nil {
 		t.Errorf("PostgreSQL still runs: %v", err)
 	}
 	f.Close()
 }
 
-func devQuery(t *testing.T, d *devDatabase, query string) (answer string) {
+// chown gives a file to the user that PostgreSQL runs as.
+func (p *privatePostgres) chown(name string) error {
+	if p.account == nil {
+		return nil
+	}
+	return os.Chown(name, int(p.account.Uid), int(p.account.Gid))
+}
+
+// serverPid returns the pid of the server's first process.
+func serverPid(t testing.TB, d *privatePostgres) (pid int) {
+	t.Helper()
+	b, err := os.ReadFile(d.path("data/postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(b), &pid); err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+func queryPostgres(t *testing.T, d *privatePostgres, query string) (answer string) {
 	t.Helper()
 	db, err := sql.Open("postgres", d.url())
 	if err != nil {
@@ -91,10 +115,10 @@ func exists(name string) bool {
 	return err == nil
 }
 
-func TestDevDatabaseKeepsData(t *testing.T) {
+func TestPrivatePostgresKeepsData(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "project", ".dev")
-	d := startDev(t, dir, "application_name=from a test")
+	d := startPrivate(t, dir, "application_name=from a test")
 
 	for query, want := range map[string]string{
 		"SHOW application_name":                               "from a test",
@@ -104,7 +128,7 @@ func TestDevDatabaseKeepsData(t *testing.T) {
 		"SELECT lower('ÄÖÉ')":                                 "äöé",
 		"SELECT current_database() || ' of ' || current_user": "rollcall of rollcall",
 	} {
-		if got := devQuery(t, d, query); got != want {
+		if got := queryPostgres(t, d, query); got != want {
 			t.Errorf("%s: got %q, want %q", query, got, want)
 		}
 	}
@@ -112,40 +136,40 @@ func TestDevDatabaseKeepsData(t *testing.T) {
 		t.Errorf("the folder: got %v, %v, want it closed to others", info.Mode(), err)
 	}
 	// Ctrl-C signals the process group of the terminal.
-	if pgid, err := syscall.Getpgid(d.server.cmd.Process.Pid); err != nil || pgid == syscall.Getpgrp() {
+	if pgid, err := syscall.Getpgid(serverPid(t, d)); err != nil || pgid == syscall.Getpgrp() {
 		t.Errorf("the server is in our process group: %d, %v", pgid, err)
 	}
 
-	devQuery(t, d, "CREATE TABLE kept AS SELECT 'still here' AS word; SELECT word FROM kept")
-	stopDev(t, d)
-	stopDev(t, d)
-	d = startDev(t, dir)
-	if got := devQuery(t, d, "SELECT word FROM kept"); got != "still here" {
+	queryPostgres(t, d, "CREATE TABLE kept AS SELECT 'still here' AS word; SELECT word FROM kept")
+	stopPrivate(t, d)
+	stopPrivate(t, d)
+	d = startPrivate(t, dir)
+	if got := queryPostgres(t, d, "SELECT word FROM kept"); got != "still here" {
 		t.Errorf("after a restart: got %q", got)
 	}
-	stopDev(t, d)
+	stopPrivate(t, d)
 }
 
-func TestDevDatabaseInUse(t *testing.T) {
+func TestPrivatePostgresInUse(t *testing.T) {
 	t.Parallel()
 	checkLeaks(t)
 	dir := t.TempDir()
-	inUse := fmt.Sprintf("the private PostgreSQL in %s: another rollcall uses this folder", dir)
+	inUse := fmt.Sprintf("the private PostgreSQL in %s: another rollcall (process %d) or the PostgreSQL that it left uses this folder", dir, os.Getpid())
 	var (
 		wg      sync.WaitGroup
-		started = make([]*devDatabase, 4)
+		started = make([]*privatePostgres, 4)
 		errs    = make([]error, len(started))
 	)
 	for i := range started {
-		wg.Go(func() { started[i], errs[i] = startDevDatabase(t.Context(), dir, "fsync=off") })
+		wg.Go(func() { started[i], errs[i] = startPostgres(t.Context(), dir, "fsync=off") })
 	}
 	wg.Wait()
-	var winner *devDatabase
+	var winner *privatePostgres
 	for i, d := range started {
 		switch {
 		case d != nil && winner != nil:
 			t.Error("two have started")
-			stopDev(t, d)
+			stopPrivate(t, d)
 		case d != nil:
 			winner = d
 		case !strings.HasPrefix(errs[i].Error(), inUse):
@@ -155,24 +179,20 @@ func TestDevDatabaseInUse(t *testing.T) {
 	if winner == nil {
 		t.Fatal("none has started")
 	}
-	_, err := startDevDatabase(t.Context(), dir)
-	if want := fmt.Sprintf("%s (process %d): ", inUse, os.Getpid()); err == nil || !strings.HasPrefix(err.Error(), want) {
-		t.Errorf("one more: got %v, want %s", err, want)
+	if got := queryPostgres(t, winner, "SELECT 'unharmed'"); got != "unharmed" {
+		t.Errorf("the winner: got %q", got)
 	}
-	if got := devQuery(t, winner, "SELECT 'unharmed'"); got != "unharmed" {
-		t.Errorf("the winner after that: got %q", got)
-	}
-	stopDev(t, winner)
+	stopPrivate(t, winner)
 }
 
 // A killed server leaves its pid file and its socket. Once the pid belongs to some
 // other process of the same user, PostgreSQL alone would refuse to start.
-func TestDevDatabaseAfterServerWasKilled(t *testing.T) {
+func TestPrivatePostgresAfterServerWasKilled(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	d := startDev(t, dir)
-	devQuery(t, d, "CREATE TABLE kept AS SELECT 'recovered' AS word; SELECT word FROM kept")
-	d.server.cmd.Process.Kill()
+	d := startPrivate(t, dir)
+	queryPostgres(t, d, "CREATE TABLE kept AS SELECT 'recovered' AS word; SELECT word FROM kept")
+	syscall.Kill(serverPid(t, d), syscall.SIGKILL)
 	<-d.exited()
 	if err := d.stop(); err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("stop: got %v, want to hear that it was killed", err)
@@ -195,28 +215,25 @@ func TestDevDatabaseAfterServerWasKilled(t *testing.T) {
 	if err := os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n%s", other.Process.Pid, rest), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.MkdirAll(d.sockets, 0o700); err != nil {
-		t.Fatal(err)
-	}
 	if err := os.WriteFile(filepath.Join(d.sockets, ".s.PGSQL.5432.lock"), fmt.Appendf(nil, "%d\n%s", other.Process.Pid, rest), 0o600); err != nil {
 		t.Fatal(err)
 	}
 
-	d = startDev(t, dir)
-	if got := devQuery(t, d, "SELECT word FROM kept"); got != "recovered" {
+	d = startPrivate(t, dir)
+	if got := queryPostgres(t, d, "SELECT word FROM kept"); got != "recovered" {
 		t.Errorf("got %q", got)
 	}
-	stopDev(t, d)
+	stopPrivate(t, d)
 }
 
-func TestDevDatabaseDiesWithItsParent(t *testing.T) {
+func TestPrivatePostgresDiesWithItsParent(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("only Linux tells a process that its parent has died")
 	}
 	t.Parallel()
 	dir := t.TempDir()
 	parent := exec.Command(os.Args[0])
-	parent.Env = append(os.Environ(), devHelperVar+"="+dir)
+	parent.Env = append(os.Environ(), helperVar+"="+dir)
 	out, err := parent.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -228,17 +245,17 @@ func TestDevDatabaseDiesWithItsParent(t *testing.T) {
 	if line, _ := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
 		t.Fatalf("the helper says %q", line)
 	}
-	_, err = startDevDatabase(t.Context(), dir)
+	_, err = startPostgres(t.Context(), dir)
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("(process %d)", parent.Process.Pid)) {
 		t.Errorf("while it runs: got %v, want its pid, %d", err, parent.Process.Pid)
 	}
 
 	parent.Process.Kill()
 	parent.Wait()
-	stopDev(t, startDev(t, dir)) // it waits for the old server, which therefore ends
+	stopPrivate(t, startPrivate(t, dir)) // it waits for the old server, which therefore ends
 }
 
-func TestDevDatabaseFolders(t *testing.T) {
+func TestPrivatePostgresFolders(t *testing.T) {
 	t.Parallel()
 	for name, folder := range map[string]string{
 		"short": `it's "100%s\ $HOME`,
@@ -246,11 +263,11 @@ func TestDevDatabaseFolders(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			d := startDev(t, filepath.Join(t.TempDir(), folder))
-			if got := devQuery(t, d, "SELECT 'reached'"); got != "reached" {
+			d := startPrivate(t, filepath.Join(t.TempDir(), folder))
+			if got := queryPostgres(t, d, "SELECT 'reached'"); got != "reached" {
 				t.Errorf("got %q", got)
 			}
-			stopDev(t, d)
+			stopPrivate(t, d)
 		})
 	}
 }
@@ -258,7 +275,7 @@ func TestDevDatabaseFolders(t *testing.T) {
 // Root starts PostgreSQL as another user, the owner of the folder, who can't enter
 // the folders around it. As root, the other tests see that too, with the user
 // postgres: t.TempDir is closed to others.
-func TestDevDatabaseAsRoot(t *testing.T) {
+func TestPrivatePostgresAsRoot(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -276,7 +293,7 @@ func TestDevDatabaseAsRoot(t *testing.T) {
 	if err := errors.Join(os.MkdirAll(dir, 0o700), os.Chown(dir, uid, -1)); err != nil {
 		t.Fatal(err)
 	}
-	d := startDev(t, dir)
+	d := startPrivate(t, dir)
 	for name, want := range map[string]int{around: 0, dir: uid, filepath.Join(dir, "data"): uid} {
 		info, err := os.Stat(name)
 		if err != nil {
@@ -286,14 +303,15 @@ func TestDevDatabaseAsRoot(t *testing.T) {
 			t.Errorf("%s: got %v of user %d, want it closed, of user %d", name, info.Mode(), got, want)
 		}
 	}
-	stopDev(t, d)
+	stopPrivate(t, d)
 }
 
-func TestDevDatabaseOfOtherVersion(t *testing.T) {
+func TestPrivatePostgresOfOtherVersion(t *testing.T) {
 	t.Parallel()
 	for version, want := range map[string]string{
-		"13": "the data was made by PostgreSQL 13, and rollcall needs 14 or newer: move the folder away",
-		"99": "the data was made by PostgreSQL 99, and PostgreSQL ",
+		"9.6": "the data was made by PostgreSQL 9, and no PostgreSQL 9 that rollcall supports (14 or newer) was found: install it, or move the folder away",
+		"13":  "the data was made by PostgreSQL 13, and no PostgreSQL 13 that rollcall supports (14 or newer) was found: install it, or move the folder away",
+		"99":  "the data was made by PostgreSQL 99, and no PostgreSQL 99 that rollcall supports (14 or newer) was found: install it, or move the folder away",
 	} {
 		dir := t.TempDir()
 		if err := os.Mkdir(filepath.Join(dir, "data"), 0o700); err != nil {
@@ -302,14 +320,14 @@ func TestDevDatabaseOfOtherVersion(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, "data", "PG_VERSION"), []byte(version+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		_, err := startDevDatabase(t.Context(), dir)
+		_, err := startPostgres(t.Context(), dir)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("data of version %s: got %v, want %s", version, err, want)
 		}
 	}
 }
 
-func TestDevDatabaseDamaged(t *testing.T) {
+func TestPrivatePostgresDamaged(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(file string) error{
 		"empty":   func(file string) error { return os.WriteFile(file, nil, 0o600) },
@@ -331,11 +349,11 @@ func TestDevDatabaseDamaged(t *testing.T) {
 	}
 }
 
-func TestDevDatabaseInterrupted(t *testing.T) {
+func TestPrivatePostgresInterrupted(t *testing.T) {
 	t.Parallel()
 	checkLeaks(t)
 	dir := t.TempDir()
-	for _, sign := range []string{"data.new/PG_VERSION", "run"} { // of initdb, and of the server
+	for _, sign := range []string{"data.new/PG_VERSION", "data/postmaster.pid"} { // of initdb, and of the server
 		// What is left when even rollcall was killed during initdb.
 		halfMade := filepath.Join(dir, "data.new", "rubbish")
 		if err := os.MkdirAll(halfMade, 0o700); err != nil {
@@ -345,7 +363,7 @@ func TestDevDatabaseInterrupted(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() {
 			// The delay makes the server too slow to be ready before it is cancelled.
-			_, err := startDevDatabase(ctx, dir, "fsync=off", "post_auth_delay=60")
+			_, err := startPostgres(ctx, dir, "fsync=off", "post_auth_delay=60")
 			ended <- err
 		}()
 		waitFor(t, sign, func() bool { return exists(filepath.Join(dir, sign)) })
@@ -358,14 +376,14 @@ func TestDevDatabaseInterrupted(t *testing.T) {
 			t.Error("what was half made is still there")
 		}
 	}
-	stopDev(t, startDev(t, dir))
+	stopPrivate(t, startPrivate(t, dir))
 }
 
-func TestDevDatabaseThatFails(t *testing.T) {
+func TestPrivatePostgresThatFails(t *testing.T) {
 	t.Parallel()
 	checkLeaks(t)
 	dir := t.TempDir()
-	_, err := startDevDatabase(t.Context(), dir, "no_such_setting=1")
+	_, err := startPostgres(t.Context(), dir, "no_such_setting=1")
 	for _, want := range []string{"exit status 1", "postgres.log", `unrecognized configuration parameter "no_such_setting"`} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %s", err, want)
@@ -396,49 +414,29 @@ func TestFindPrograms(t *testing.T) {
 		found   string
 		err     string
 	}{
-		{"the newest", []string{empty, v14, v17, v13}, 0, v17, ""},
-		{"the first of the newest", []string{v14, v17, v17too}, 0, v17, ""},
+		{"the first", []string{empty, v13, v17, v14}, 0, v17, ""},
+		{"the first of the version", []string{v14, v17, v17too}, 17, v17, ""},
 		{"that of the data", []string{v17, v14}, 14, v14, ""},
-		{"not that of the data", []string{v13, v17, v14}, 15, "", "made by PostgreSQL 15, and PostgreSQL 17 is installed: install version 15 too"},
-		{"data too old", []string{v13, v17}, 13, "", "made by PostgreSQL 13, and rollcall needs 14"},
-		{"too old", []string{v9, v13}, 0, "", "PostgreSQL 13 is too old: install version 14"},
+		{"not that of the data", []string{v13, v17, v14}, 15, "", "made by PostgreSQL 15, and no PostgreSQL 15 that"},
+		{"data too old", []string{v13, v17}, 13, "", "supports (14 or newer)"},
+		{"too old", []string{v9, v13}, 0, "", "no server of PostgreSQL 14 or newer"},
 		{"none", []string{empty, "", "no/such"}, 0, "", "install the package postgresql"},
 	} {
-		found, err := findPrograms(test.folders, test.want)
+		found, err := findPrograms(strings.Join(test.folders, ":"), test.want)
 		if found != test.found || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
 			t.Errorf("%s: got %q, %v, want %q, %s", test.name, found, err, test.found, test.err)
 		}
 	}
 }
 
-func TestDevSecret(t *testing.T) {
-	t.Parallel()
-	dir := filepath.Join(t.TempDir(), ".dev")
-	var wg sync.WaitGroup
-	secrets := make([]string, 8)
-	for i := range secrets { // all at once: they have to agree
-		wg.Go(func() {
-			secret, err := devSecret(dir)
-			if err != nil {
-				t.Error(err)
-			}
-			secrets[i] = secret
-		})
+func TestProgramFolders(t *testing.T) {
+	t.Setenv("PATH", "/first:/second")
+	t.Setenv("PGBIN", "")
+	if got := programFolders(); !strings.HasPrefix(got, "/first:/second:/usr/lib/postgresql/*/bin:") {
+		t.Errorf("got %q, want what is on PATH first", got)
 	}
-	wg.Wait()
-	for _, s := range secrets {
-		if len(s) < 32 || s != secrets[0] {
-			t.Fatalf("got %q, want one secret of 32 bytes or more", secrets)
-		}
-	}
-	files, err := os.ReadDir(dir)
-	if err != nil || len(files) != 1 {
-		t.Errorf("got %v, %v, want no file but the secret", files, err)
-	}
-	if info, err := os.Stat(filepath.Join(dir, "jwt_secret")); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("the file: %v, %v, want it readable for its owner alone", info.Mode(), err)
-	}
-	if other, _ := devSecret(t.TempDir()); other == secrets[0] {
-		t.Error("another folder has the same secret")
+	t.Setenv("PGBIN", "/folder/of/programs")
+	if got := programFolders(); got != "/folder/of/programs" {
+		t.Errorf("got %q, want PGBIN alone", got)
 	}
 }
