@@ -46,8 +46,13 @@ type privatePostgres struct {
 	err       error               // how it ended; set before that
 }
 
-// oldestPostgres is the oldest major version that rollcall supports.
-const oldestPostgres = 14
+const (
+	// oldestPostgres is the oldest major version that rollcall supports.
+	oldestPostgres = 14
+	// usualFolders are where Debian, Red Hat and Homebrew keep PostgreSQL's programs, off
+	// PATH, to have several versions side by side.
+	usualFolders = "/usr/lib/postgresql/*/bin:/usr/pgsql-*/bin:/opt/homebrew/opt/postgresql*/bin:/usr/local/opt/postgresql*/bin"
+)
 
 // startPostgres starts PostgreSQL with its data in dir, made if absent, and returns when
 // it answers. Each of settings, as "name=value", is a setting of the server. Cancelling
@@ -104,10 +109,7 @@ func (p *privatePostgres) path(name string) string { return filepath.Join(p.dir,
 
 // lockFolder makes the folder if it is absent, closes it to other users, and locks it.
 func (p *privatePostgres) lockFolder(ctx context.Context) (err error) {
-	if err := os.MkdirAll(p.dir, 0o700); err != nil {
-		return err
-	}
-	if err := os.Chmod(p.dir, 0o700); err != nil {
+	if err := errors.Join(os.MkdirAll(p.dir, 0o700), os.Chmod(p.dir, 0o700)); err != nil {
 		return err
 	}
 	if p.lock, err = lockFile(ctx, p.path("lock"), 10*time.Second); errors.Is(err, syscall.EWOULDBLOCK) {
@@ -153,27 +155,20 @@ func (p *privatePostgres) choosePrograms(context.Context) (err error) {
 				"restore the data from a copy, or move the folder away to start afresh", name)
 		}
 	}
-	p.programs, err = findPrograms(programFolders(), p.version)
+	folders := cmp.Or(os.Getenv("PGBIN"), os.Getenv("PATH")+":"+usualFolders)
+	p.programs, err = findPrograms(folders, p.version)
 	return err
 }
 
-// programFolders lists where PostgreSQL's programs may be, with patterns of [filepath.Glob]:
-// in PGBIN alone, or else on PATH and where Debian, Red Hat and Homebrew keep several
-// versions side by side.
-func programFolders() string {
-	return cmp.Or(os.Getenv("PGBIN"), os.Getenv("PATH")+
-		":/usr/lib/postgresql/*/bin:/usr/pgsql-*/bin:/opt/homebrew/opt/postgresql*/bin:/usr/local/opt/postgresql*/bin")
-}
-
-// findPrograms returns the first of folders that has PostgreSQL's programs of major
-// version want, as no other can read its data; if want is 0, of any that is supported.
+// findPrograms returns the first of folders, a list of patterns, that has PostgreSQL's
+// programs of major version want, as no other can read its data; 0 is any version.
 func findPrograms(folders string, want int) (string, error) {
 	for _, folder := range filepath.SplitList(folders) {
 		if !filepath.IsAbs(folder) { // what is in the working folder is not ours to run
 			continue
 		}
 		found, _ := filepath.Glob(filepath.Join(folder, "postgres")) // its only error is a bad pattern
-		slices.Reverse(found)                                        // the newest comes first
+		slices.Reverse(found)                                        // so that the newest comes first
 		for _, program := range found {
 			var version int
 			out, _ := exec.Command(program, "--version").Output()

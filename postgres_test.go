@@ -427,16 +427,14 @@ func TestFindPrograms(t *testing.T) {
 			t.Errorf("%s: got %q, %v, want %q, %s", test.name, found, err, test.found, test.err)
 		}
 	}
-}
 
-func TestProgramFolders(t *testing.T) {
-	t.Setenv("PATH", "/first:/second")
-	t.Setenv("PGBIN", "")
-	if got := programFolders(); !strings.HasPrefix(got, "/first:/second:/usr/lib/postgresql/*/bin:") {
-		t.Errorf("got %q, want what is on PATH first", got)
-	}
-	t.Setenv("PGBIN", "/folder/of/programs")
-	if got := programFolders(); got != "/folder/of/programs" {
-		t.Errorf("got %q, want PGBIN alone", got)
+	// PATH comes before the usual folders, and PGBIN alone if it is set.
+	t.Setenv("PATH", v17)
+	for pgbin, want := range map[string]string{"": v17, v14: v14, empty: ""} {
+		t.Setenv("PGBIN", pgbin)
+		p := &privatePostgres{dir: empty}
+		if err := p.choosePrograms(t.Context()); p.programs != want || (err == nil) != (want != "") {
+			t.Errorf("PGBIN=%s: got %q, %v, want %q", pgbin, p.programs, err, want)
+		}
 	}
 }
