@@ -20,21 +20,29 @@ const devDir = ".dev"
 // which it starts. The database is nil if DATABASE_URL names one.
 func prepareDev(ctx context.Context, getenv func(string) string, stderr io.Writer) (
 	private *privatePostgres, completed func(string) string, err error) {
-	made := make(map[string]string)
+	if getenv("DATABASE_URL") == "" {
+		unsetLibpq()
+	}
+	// A mistake in the rest of the configuration is found before anything is made.
+	made := map[string]string{"DATABASE_URL": "dbname=rollcall", "JWT_SECRET": strings.Repeat("x", minSecretBytes)}
+	completed = func(name string) string { return cmp.Or(getenv(name), made[name]) }
+	if _, err := loadConfig(completed, true); err != nil {
+		return nil, nil, usageError(err.Error())
+	}
+	delete(made, "JWT_SECRET")
 	if getenv("JWT_SECRET") == "" && getenv("JWT_PUBLIC_KEY_FILE") == "" {
 		if made["JWT_SECRET"], err = devSecret(ctx, devDir); err != nil {
 			return nil, nil, err
 		}
 	}
 	if getenv("DATABASE_URL") == "" {
-		unsetLibpq()
 		fmt.Fprintf(stderr, "rollcall: starting a private PostgreSQL, its data in %s\n", devDir)
 		if private, err = startPostgres(ctx, devDir); err != nil {
 			return nil, nil, err
 		}
 		made["DATABASE_URL"] = private.url()
 	}
-	return private, func(name string) string { return cmp.Or(getenv(name), made[name]) }, nil
+	return private, completed, nil
 }
 
 // unsetLibpq removes libpq's variables, which lib/pq reads by itself, from the
