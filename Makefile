@@ -2,7 +2,7 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build bench chaos pgo fuzz clean postgres compiler attackers systemd
+.PHONY: help run test check build bench chaos fuzz clean postgres compiler attackers systemd
 # What make installs comes from one package manager, which two can't use at once: so
 # make -j, too, does one thing after the other.
 .NOTPARALLEL:
@@ -13,8 +13,13 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 # How many inputs make fuzz tries on each target, some seconds long. (Of a time, as in
 # 5s, go test at times makes a failure when it is over: "context deadline exceeded".)
 FUZZTIME = 20000x
-# How long make bench spends on each benchmark.
-BENCHTIME = 5s
+# What make bench compares the ordinary build with: flags of go build. "-C FOLDER" is
+# the source in another folder, such as this one with a piece taken away.
+AGAINST = -tags plain
+# How many bursts of a second each program gets in each scenario, and from how many
+# clients at the same time.
+ROUNDS = 10
+CLIENTS = 64
 
 help: ## show this list (the default)
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile
@@ -38,16 +43,22 @@ test: postgres ## run the tests, with the race detector where there is a C compi
 # Whether all is there shows best by trying.
 CAN_RACE = CGO_ENABLED=1 go build -race runtime/cgo 2>/dev/null
 
-# Quick checks first. "go vet" for macOS sees the files that Linux leaves out.
+# Quick checks first. "go vet" for macOS sees the files that Linux leaves out. In the
+# plain build, staticcheck finds what the core has for a mechanism alone (U1000, unused);
+# not in the tests, as the tests of the mechanisms share their helpers with the others.
 check: postgres compiler ## everything that has to hold before a commit; this is what CI runs
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not as gofmt wants it: $$unformatted"; exit 1; fi
 	go vet ./...
+	go vet -tags plain ./...
 	GOOS=darwin go vet ./...
 	go mod tidy -diff
 	@direct=$$(go list -m -f '{{if not .Main}}{{.Path}}{{end}}' all); \
 	if [ "$$direct" != github.com/lib/pq ]; then echo "go.mod may require github.com/lib/pq alone, not: $$direct"; exit 1; fi
 	go run $(STATICCHECK) ./...
+	go run $(STATICCHECK) -tags plain -tests=false ./...
+	go build -tags plain -o /dev/null .
 	CGO_ENABLED=1 go test -race -shuffle=on ./...
+	CGO_ENABLED=1 go test -tags plain -race -shuffle=on ./...
 	@$(MAKE) --no-print-directory fuzz build
 	@facts=$$(go version -m rollcall); for want in CGO_ENABLED=0 -buildmode=exe; do case $$facts in \
 	*"$$want"*) ;; *) echo "rollcall is not static: no $$want in its build information"; exit 1;; esac; done
@@ -65,18 +76,12 @@ case $$out in \
 esac
 endef
 
-bench: postgres ## compare with one statement a request, over HTTP; see bench_test.go
-	GOGC=300 go test -run '^$$' -bench . -benchtime $(BENCHTIME) .
+bench: postgres ## compare the ordinary build with the plain one, over HTTP; see bench_test.go
+	go test -run '^$$' -bench . . -rounds $(ROUNDS) -clients $(CLIENTS) -against='$(AGAINST)'
 
 # Nearly each of these tests has a short form in make test. The table comes last.
 chaos: postgres attackers ## break what can break, in full, under load; prints what became of the requests
 	ROLLCALL_CHAOS=1 go test -v -count=1 -timeout 60m -run '^TestChaos' .
-
-# The client of the benchmark shares its process: what it does is left out of the profile.
-pgo: postgres ## renew default.pgo, by which the compiler optimizes, from the mixed load
-	GOGC=300 go test -run '^$$' -bench '/Mixed/rollcall' -benchtime 20s -o pgo.test -cpuprofile pgo.prof .
-	go tool pprof -proto -focus 'net/http.\(\*conn\).serve' pgo.test pgo.prof >default.pgo
-	rm -f pgo.test pgo.prof
 
 fuzz: postgres ## fuzz each target, FUZZTIME=10m for ten minutes each
 	@targets=$$(go test -list '^Fuzz' .) || { echo "$$targets"; exit 1; }; \
@@ -84,9 +89,9 @@ fuzz: postgres ## fuzz each target, FUZZTIME=10m for ten minutes each
 	(set -x; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) .) || exit 1; done
 
 clean: ## remove what was built; the data of make run, in .dev, stays
-	rm -f rollcall pgo.test pgo.prof
+	rm -f rollcall
 
-# Where rollcall -dev looks too: see programFolders in devprocess.go.
+# Where rollcall -dev looks too: see usualFolders in postgres.go.
 INITDB = $$(command -v initdb) /usr/lib/postgresql/*/bin/initdb /usr/pgsql-*/bin/initdb \
 	/opt/homebrew/opt/postgresql*/bin/initdb /usr/local/opt/postgresql*/bin/initdb
 

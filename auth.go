@@ -6,6 +6,10 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strconv"
@@ -119,17 +123,6 @@ func decodeBase64(s string) ([]byte, error) {
 	return base64.RawURLEncoding.Strict().DecodeString(s)
 }
 
-// uniqueMembers returns the values of a JSON object by the exact names. A name given
-// twice is an error: see [walkUniqueObject].
-func uniqueMembers(data []byte) (map[string][]byte, error) {
-	members := make(map[string][]byte)
-	err := walkUniqueObject(data, func(name string, value []byte) error {
-		members[name] = value
-		return nil
-	})
-	return members, err
-}
-
 // checkSignature looks for a key that made the signature of the input. The header
 // (RFC 7515, section 4.1) only narrows the search: no key has a check for "none", no
 // public one for HS256 (RFC 8725, section 2.1), and none is fetched (jwk, jku, x5c, x5u).
@@ -239,7 +232,7 @@ func requireAuth(v *verifier, next http.Handler) http.Handler {
 		if err != nil {
 			return refusal(kindUnauthorized, err.Error(), `, error="invalid_token", error_description="`+err.Error()+`"`)
 		}
-		exchangeOf(w).caller = c.caller
+		infoFrom(r.Context()).caller = c.caller
 		scope, allowed := "users:write", c.mayWrite
 		if r.Method == http.MethodGet || r.Method == http.MethodHead {
 			scope, allowed = "users:read", c.mayRead
@@ -263,8 +256,49 @@ func bearerToken(r *http.Request) string {
 	return strings.Trim(token, " ")
 }
 
-// refusal returns the failure with the challenge that RFC 6750, section 3, adds
+// refusal returns the error with the challenge that RFC 6750, section 3, adds
 // to it.
-func refusal(k kind, message, parameters string) *failure {
-	return &failure{kind: k, message: message, header: http.Header{"Www-Authenticate": {`Bearer realm="rollcall"` + parameters}}}
+func refusal(k kind, message, parameters string) *apiError {
+	return &apiError{kind: k, message: message, header: http.Header{"Www-Authenticate": {`Bearer realm="rollcall"` + parameters}}}
+}
+
+// printToken is the token command: it prints a token signed with JWT_SECRET. Its
+// error is a [usageError], unless stdout fails.
+func printToken(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("rollcall token", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // errors are returned, not printed here
+	sub := flags.String("sub", "", "")
+	ttl := flags.Duration("ttl", time.Hour, "")
+	scope := flags.String("scope", "", "")
+	err := flags.Parse(args)
+	scopeIsSet := false
+	flags.Visit(func(f *flag.Flag) { scopeIsSet = scopeIsSet || f.Name == "scope" })
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		return nil
+	case err != nil:
+		return usageError("token: " + err.Error())
+	case flags.NArg() > 0:
+		return usageError(fmt.Sprintf("token: %q is no flag", flags.Arg(0)))
+	case *sub == "":
+		return usageError("token: -sub is missing: whose token is it?")
+	case scopeIsSet && *scope == "":
+		return usageError("token: -scope is empty: leave it out for a token that may do everything")
+	case *ttl < time.Second:
+		return usageError("token: -ttl must be a second or more")
+	}
+	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
+		return usageError(err.Error())
+	}
+	secret := []byte(getenv("JWT_SECRET"))
+	if len(secret) == 0 {
+		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
+	}
+	if _, err := secretKey(secret); err != nil {
+		return usageError("JWT_SECRET: " + err.Error())
+	}
+	g := grant{subject: *sub, scope: *scope, issuer: getenv("JWT_ISSUER"), audience: getenv("JWT_AUDIENCE"), ttl: *ttl}
+	_, err = fmt.Fprintln(stdout, mintToken(secret, g, time.Now()))
+	return err
 }

@@ -789,9 +789,12 @@ func TestRequireAuth(t *testing.T) {
 				http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached = true }))
 			r := httptest.NewRequest(tt.method, tt.target, nil)
 			r.Header["Authorization"] = tt.authorization
+			var info *requestInfo
 			w := httptest.NewRecorder()
-			x := &exchange{ResponseWriter: w}
-			h.ServeHTTP(x, r)
+			underObserve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				info = infoFrom(r.Context())
+				h.ServeHTTP(w, r)
+			})).ServeHTTP(w, r)
 			if w.Code != tt.status || reached != (tt.status == 200) {
 				t.Errorf("status %d, reached the handler: %v; want %d", w.Code, reached, tt.status)
 			}
@@ -803,8 +806,8 @@ func TestRequireAuth(t *testing.T) {
 			if tt.status != 401 && strings.HasPrefix(tt.target, "/api/") {
 				subject = "alice"
 			}
-			if x.subject != subject {
-				t.Errorf("subject %q, want %q", x.subject, subject)
+			if info.subject != subject {
+				t.Errorf("subject %q, want %q", info.subject, subject)
 			}
 			var body struct{ Error struct{ Message string } }
 			if tt.status != 200 {
@@ -910,7 +913,7 @@ func keyFileTests(t testing.TB) []keyFileTest {
 		{"keys an object", `{"keys":{}}`, "", "not a JSON Web Key Set: keys: json: cannot unmarshal object"},
 		{"keys null", `{"keys":null}`, "", "key 1: kty or crv is missing"},
 		{"keys null beside a key", jwkWith(rfcKeyP256, `"keys":null`), "ES256", ""},
-		{"a key that is no object", set(`1`), "", "key 1: a JSON object is expected"},
+		{"a key that is no object", set(`1`), "", "key 1: A JSON object is expected"},
 		{"a null, passed over", set(`null`, rfcKeyP256, ` null `), "ES256", ""},
 		{"nothing but a null", set(`null`), "", "none of the 1 keys in it can check a signature"},
 		{"a broken key among others", set(rfcKeyP256, `{"kty":"RSA","kid":"a"}`, `{"kty":"EC","kid":"c"}`), "", "key 2: " + unsound},

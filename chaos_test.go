@@ -123,6 +123,9 @@ type load struct {
 	sum outcome
 }
 
+// chaosConns is how many clients the load has.
+const chaosConns = 64
+
 // startLoad begins a mixed load of conns clients on the service at url
 // (AUTH=off), and on its other replicas. Nobody else may write to its table.
 func startLoad(t testing.TB, url string, conns int, replicas ...string) *load {

@@ -1,3 +1,5 @@
+//go:build !plain
+
 package main
 
 import (
@@ -18,18 +20,26 @@ import (
 // The mechanism, on statements that the test makes up. Time is that of
 // testing/synctest: it passes only when everybody waits.
 
-// statements is a run function whose statements take until the test lets them
-// go, and whose answer is twice what was asked.
+// statements are the functions of a batcher whose statements take until the test
+// lets them go, and whose answer is twice what was asked.
 type statements struct {
 	asked   chan []int    // what each statement has in it, when it begins
 	release chan struct{} // lets one go
 }
 
-func newStatements() *statements {
-	return &statements{asked: make(chan []int, 100), release: make(chan struct{})}
+// newBatcher returns a batcher of such statements.
+func newBatcher() (*batcher[int, int], *statements) {
+	s := &statements{asked: make(chan []int, 100), release: make(chan struct{})}
+	return &batcher[int, int]{one: s.one, many: s.many, limit: maxBatch, turn: make(semaphore, 1), beside: make(semaphore, 2)}, s
 }
 
-func (s *statements) run(ctx context.Context, calls []*call[int, int]) {
+func (s *statements) one(ctx context.Context, n int) (int, error) {
+	s.asked <- []int{n}
+	<-s.release
+	return 2 * n, ctx.Err()
+}
+
+func (s *statements) many(ctx context.Context, calls []*call[int, int]) {
 	var asks []int
 	for _, c := range calls {
 		asks = append(asks, c.ask)
@@ -61,9 +71,9 @@ func (s *statements) begun() (begun [][]int) {
 }
 
 // ask calls do in a goroutine of its own, and checks the answer.
-func ask(t *testing.T, ctx context.Context, c *coalescer[int, int], n int, want error) {
+func ask(t *testing.T, ctx context.Context, b *batcher[int, int], n int, want error) {
 	go func() {
-		answer, err := c.do(ctx, n)
+		answer, err := b.do(ctx, n)
 		if !errors.Is(err, want) || err == nil && answer != 2*n {
 			t.Errorf("do(%d): %d, %v; want %v", n, answer, err, want)
 		}
@@ -78,57 +88,174 @@ func wantBegun(t *testing.T, s *statements, want ...[]int) {
 	}
 }
 
-func TestCoalesceWhoWaitTogether(t *testing.T) {
+// wantIdle fails the test if anything of a batcher is left.
+func wantIdle[Q, A any](t *testing.T, b *batcher[Q, A]) {
+	t.Helper()
+	waitFor(t, "the last batch to end", func() bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return !b.led && len(b.waiting) == 0 && len(b.turn) == 0 && len(b.beside) == 0
+	})
+}
+
+func TestBatchOfThoseThatWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		c := newCoalescer(newLane(), nil, s.run)
-		ask(t, t.Context(), c, 1, nil)
-		wantBegun(t, s, []int{1}) // a lone request travels alone, at once
+		b, s := newBatcher()
+		ask(t, t.Context(), b, 1, nil)
+		wantBegun(t, s, []int{1}) // a lone request goes alone, at once
 		for n := 2; n <= 5; n++ {
-			ask(t, t.Context(), c, n, nil)
+			ask(t, t.Context(), b, n, nil)
 		}
 		wantBegun(t, s) // one statement is under way
 		s.letGo()
 		wantBegun(t, s, []int{2, 3, 4, 5})
-		ask(t, t.Context(), c, 6, nil) // what has been sent, nobody joins
+		ask(t, t.Context(), b, 6, nil) // no call joins what has been sent
 		wantBegun(t, s)
 		s.letGo()
 		wantBegun(t, s, []int{6})
 		s.letGo()
-		ask(t, t.Context(), c, 7, nil)
+		ask(t, t.Context(), b, 7, nil)
 		wantBegun(t, s, []int{7})
 		s.letGo()
+		wantIdle(t, b)
 	})
 }
 
-func TestCoalesceSlowStatement(t *testing.T) {
+func TestBatchBehindASlowStatement(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		c := newCoalescer(newLane(), nil, s.run)
-		ask(t, t.Context(), c, 1, nil)
-		ask(t, t.Context(), c, 2, nil)
+		b, s := newBatcher()
+		ask(t, t.Context(), b, 1, nil)
+		ask(t, t.Context(), b, 2, nil)
 		wantBegun(t, s, []int{1})
-		time.Sleep(patient) // of the bubble's time
+		time.Sleep(maxHold) // of the bubble's time
 		wantBegun(t, s, []int{2})
-		ask(t, t.Context(), c, 3, nil)
+		ask(t, t.Context(), b, 3, nil)
 		wantBegun(t, s) // it waits for the second, which is still young
-		time.Sleep(patient)
+		time.Sleep(maxHold)
 		wantBegun(t, s, []int{3})
-		time.Sleep(patient)
-		ask(t, t.Context(), c, 4, nil) // all are slow: nobody is waited for
+		time.Sleep(maxHold)
+		ask(t, t.Context(), b, 4, nil) // all are slow: none is waited for
 		wantBegun(t, s, []int{4})
 		for range 4 {
 			s.letGo()
 		}
+		wantIdle(t, b)
 	})
 }
 
-// Coalescers of one lane take turns, in the order in which they came.
-func TestCoalesceTurns(t *testing.T) {
+func TestBatchWithoutThoseThatLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		l := newLane()
-		a, b := newCoalescer(l, nil, s.run), newCoalescer(l, nil, s.run)
+		b, s := newBatcher()
+		first, leaveFirst := context.WithCancel(t.Context())
+		second, leaveSecond := context.WithCancel(t.Context())
+		third, leaveThird := context.WithCancel(t.Context())
+		ask(t, first, b, 1, context.Canceled) // alone in its statement, which ends with it
+		ask(t, second, b, 2, context.Canceled)
+		ask(t, third, b, 3, context.Canceled)
+		ask(t, t.Context(), b, 4, nil)
+		ask(t, t.Context(), b, 5, nil)
+		leaveSecond()
+		leaveFirst()
+		synctest.Wait()
+		s.letGo()
+		wantBegun(t, s, []int{1}, []int{3, 4, 5}) // without 2
+		leaveThird()                              // the others don't notice
+		synctest.Wait()
+		s.letGo()
+		ask(t, t.Context(), b, 6, nil)
+		wantBegun(t, s, []int{6})
+		s.letGo()
+		wantIdle(t, b)
+	})
+}
+
+// When every request of a batch has left, its statement is cancelled; all waited in
+// vain, and where a batch writes, those whose batch was sent are told so.
+func TestBatchThatAllLeave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var cancelled atomic.Bool
+		b, s := newBatcher()
+		b.writes = true
+		b.many = func(ctx context.Context, calls []*call[int, int]) {
+			<-ctx.Done()
+			cancelled.Store(true)
+			s.many(ctx, calls)
+		}
+		ask(t, t.Context(), b, 1, nil)
+		ctx, leave := context.WithTimeout(t.Context(), 3*maxHold)
+		defer leave()
+		ask(t, ctx, b, 2, errAmbiguous)
+		ask(t, ctx, b, 3, errAmbiguous)
+		time.Sleep(maxHold)
+		synctest.Wait() // 2 and 3 are sent
+		ask(t, ctx, b, 5, context.DeadlineExceeded)
+		early, leaveEarly := context.WithCancel(t.Context())
+		go func() { // one whose batch is not sent is sure
+			if _, err := b.do(early, 4); err != context.Canceled {
+				t.Errorf("one that left before it was sent: %v", err)
+			}
+		}()
+		synctest.Wait()
+		leaveEarly()
+		synctest.Wait()
+		if cancelled.Load() {
+			t.Error("cancelled before all have left")
+		}
+		time.Sleep(4 * maxHold)
+		if !cancelled.Load() {
+			t.Error("the statement of those that have left goes on")
+		}
+		for range 3 {
+			s.letGo()
+		}
+		wantIdle(t, b)
+	})
+}
+
+// A full batch starts at once, beside the one whose turn it is, where there is room
+// for it. The rest waits for its turn.
+func TestFullBatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, s := newBatcher()
+		ask(t, t.Context(), b, 0, nil)
+		wantBegun(t, s, []int{0})
+		var full [3][]int
+		for i := range full {
+			for n := range maxBatch {
+				full[i] = append(full[i], 1000*i+n)
+			}
+		}
+		for i, asks := range full {
+			for _, n := range asks[:maxBatch-1] {
+				ask(t, t.Context(), b, n, nil)
+			}
+			wantBegun(t, s)
+			ask(t, t.Context(), b, asks[maxBatch-1], nil)
+			if i < cap(b.beside) {
+				wantBegun(t, s, asks)
+			} else {
+				wantBegun(t, s)
+			}
+		}
+		ask(t, t.Context(), b, 9999, nil)
+		s.letGo() // the first of all, which waits the longest: it is the turn of those that wait
+		wantBegun(t, s, full[2])
+		for range 2 {
+			s.letGo()
+			wantBegun(t, s)
+		}
+		s.letGo()
+		wantBegun(t, s, []int{9999})
+		s.letGo()
+		wantIdle(t, b)
+	})
+}
+
+// Batchers of one turn run one after the other.
+func TestBatchersTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, s := newBatcher()
+		b := &batcher[int, int]{one: s.one, many: s.many, limit: maxBatch, turn: a.turn, beside: a.beside}
 		ask(t, t.Context(), a, 1, nil)
 		ask(t, t.Context(), b, 2, nil)
 		ask(t, t.Context(), a, 3, nil)
@@ -139,167 +266,25 @@ func TestCoalesceTurns(t *testing.T) {
 		s.letGo()
 		wantBegun(t, s, []int{3})
 		s.letGo()
+		wantIdle(t, a)
+		wantIdle(t, b)
 	})
 }
 
-func TestCoalesceWhoLeaves(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		c := newCoalescer(newLane(), nil, s.run)
-		first, leaveFirst := context.WithCancel(t.Context())
-		second, leaveSecond := context.WithCancel(t.Context())
-		third, leaveThird := context.WithCancel(t.Context())
-		ask(t, first, c, 1, context.Canceled) // alone in its statement, which ends with it
-		ask(t, second, c, 2, context.Canceled)
-		ask(t, third, c, 3, context.Canceled)
-		ask(t, t.Context(), c, 4, nil)
-		ask(t, t.Context(), c, 5, nil)
-		leaveSecond()
-		leaveFirst()
-		s.letGo()
-		wantBegun(t, s, []int{1}, []int{3, 4, 5}) // without 2
-		leaveThird()                              // the others don't notice
-		s.letGo()
-		ask(t, t.Context(), c, 6, nil)
-		wantBegun(t, s, []int{6})
-		s.letGo()
-	})
-}
-
-func TestCoalesceWhoLeavesFromAStatement(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		c := newCoalescer(newLane(), nil, s.run)
-		ctx, leave := context.WithTimeout(t.Context(), time.Millisecond)
-		defer leave()
-		ask(t, t.Context(), c, 1, nil)
-		ask(t, t.Context(), c, 2, nil)
-		ask(t, ctx, c, 3, context.DeadlineExceeded)
-		s.letGo()
-		wantBegun(t, s, []int{1}, []int{2, 3})
-		time.Sleep(time.Millisecond)
-		synctest.Wait() // 3 is gone, and its statement goes on
-		s.letGo()
-	})
-}
-
-// The deadline of a statement is that of its last caller.
-func TestCoalesceDeadline(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var deadlines []time.Duration
-		start := time.Now()
-		begin := make(chan bool)
-		c := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int]) {
-			<-begin
-			deadline, ok := ctx.Deadline()
-			if !ok {
-				t.Error("no deadline")
-			}
-			deadlines = append(deadlines, deadline.Sub(start))
-		})
-		for i, d := range []time.Duration{time.Hour, time.Minute, 3 * time.Minute, 2 * time.Minute} {
-			ctx, cancel := context.WithTimeout(t.Context(), d)
-			defer cancel()
-			go c.do(ctx, i)
-			synctest.Wait()
-		}
-		begin <- true
-		begin <- true
-		synctest.Wait()
-		if want := []time.Duration{time.Hour, 3 * time.Minute}; !slices.Equal(deadlines, want) {
-			t.Errorf("deadlines %v, want %v", deadlines, want)
-		}
-	})
-}
-
-func TestCoalesceBounds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		c := newCoalescer(newLane(), make(lane, 2), s.run)
-		ask(t, t.Context(), c, 0, nil)
-		wantBegun(t, s, []int{0})
-		for n := range 2 * maxCalls { // full ones need no turn, but there are two places for them
-			ask(t, t.Context(), c, n, nil)
-		}
-		running := len(s.begun())
-		if running != 2 {
-			t.Fatalf("%d full statements began", running)
-		}
-		running++
-		for n := range maxWaiting {
-			go c.do(t.Context(), n)
-		}
-		synctest.Wait()
-		var refused *failure
-		if _, err := c.do(t.Context(), 1); !errors.As(err, &refused) || refused.kind != kindUnavailable {
-			t.Errorf("one more than can wait: %v", err)
-		}
-		wantBegun(t, s)
-		for left := maxWaiting; left > 0; {
-			s.letGo()
-			begun := s.begun()
-			if len(begun) != 1 || len(begun[0]) != min(left, maxCalls) {
-				// With the last few there is a full statement less.
-				if left >= maxCalls || len(begun) > 0 {
-					t.Fatalf("%d calls are left, and statements began with %v", left, begun)
-				}
-				running--
-				continue
-			}
-			left -= len(begun[0])
-		}
-		for range running {
-			s.letGo()
-		}
-	})
-}
-
-// A full statement sets out at once, beside the one whose turn it is. The rest
-// waits.
-func TestCoalesceFull(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newStatements()
-		c := newCoalescer(newLane(), make(lane, 1), s.run)
-		ask(t, t.Context(), c, 0, nil)
-		wantBegun(t, s, []int{0})
-		var first, second []int
-		for n := range maxCalls - 1 {
-			ask(t, t.Context(), c, n, nil)
-			first, second = append(first, n), append(second, 1000+n)
-		}
-		wantBegun(t, s)
-		ask(t, t.Context(), c, 99, nil)
-		wantBegun(t, s, append(first, 99))
-		for _, n := range append(second, 1099, 1100) {
-			ask(t, t.Context(), c, n, nil)
-		}
-		wantBegun(t, s) // the place is taken
-		s.letGo()       // whichever of the two it is
-		wantBegun(t, s, append(second, 1099))
-		s.letGo()
-		s.letGo()
-		wantBegun(t, s, []int{1100})
-		s.letGo()
-		if len(c.full) != 0 || len(c.lane) != 0 {
-			t.Error("a place is still taken")
-		}
-	})
-}
-
-func TestCoalescePanic(t *testing.T) {
+func TestBatchPanic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := make(chan bool)
-		c := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int]) {
-			if <-begin; calls[0].ask == 2 {
-				panic("as the test wants it")
-			}
-		})
+		b := &batcher[int, int]{
+			limit: maxBatch, turn: make(semaphore, 1), beside: make(semaphore, 1),
+			one:  func(context.Context, int) (int, error) { <-begin; return 0, nil },
+			many: func(context.Context, []*call[int, int]) { <-begin; panic("as the test wants it") },
+		}
 		errs := make([]error, 4)
 		panics := make([]any, 4)
 		for n := range 4 {
 			go func() {
 				defer func() { panics[n] = recover() }()
-				_, errs[n] = c.do(t.Context(), n+1)
+				_, errs[n] = b.do(t.Context(), n+1)
 			}()
 			synctest.Wait()
 		}
@@ -310,25 +295,34 @@ func TestCoalescePanic(t *testing.T) {
 			t.Errorf("errors %v, panics %v", errs, panics)
 		}
 		go func() { begin <- true }() // 5
-		if _, err := c.do(t.Context(), 5); err != nil {
+		if _, err := b.do(t.Context(), 5); err != nil {
 			t.Errorf("after a panic: %v", err)
 		}
+		wantIdle(t, b)
 	})
 }
 
 // A read sees every write that was acknowledged before it was called. If a call
 // could join a statement that is under way, it would not: a reader checks that
 // against what was written when it asked.
-func TestCoalesceReadsSeeWrites(t *testing.T) {
+func TestBatchedReadsSeeWrites(t *testing.T) {
 	t.Parallel()
 	var written, acknowledged atomic.Int64
-	reads := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int64]) {
+	look := func() int64 {
 		seen := written.Load()
 		runtime.Gosched() // a statement takes longer than its look into the table
-		for _, c := range calls {
-			c.answer = seen
-		}
-	})
+		return seen
+	}
+	reads := &batcher[int, int64]{
+		limit: maxBatch, turn: make(semaphore, 1), beside: make(semaphore, 1),
+		one: func(context.Context, int) (int64, error) { return look(), nil },
+		many: func(ctx context.Context, calls []*call[int, int64]) {
+			seen := look()
+			for _, c := range calls {
+				c.answer = seen
+			}
+		},
+	}
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
@@ -348,16 +342,21 @@ func TestCoalesceReadsSeeWrites(t *testing.T) {
 		}
 	})
 	wg.Wait()
+	wantIdle(t, reads)
 }
 
-// Callers come and leave at random, and each who stays gets its own answer.
-func TestCoalesceStress(t *testing.T) {
+// Requests come and leave at random, and each that stays gets its own answer.
+func TestBatchStress(t *testing.T) {
 	t.Parallel()
-	c := newCoalescer(newLane(), nil, func(ctx context.Context, calls []*call[int, int]) {
-		for _, c := range calls {
-			c.answer = 2 * c.ask
-		}
-	})
+	b := &batcher[int, int]{
+		limit: maxBatch, turn: make(semaphore, 1), beside: make(semaphore, 1),
+		one: func(_ context.Context, n int) (int, error) { return 2 * n, nil },
+		many: func(ctx context.Context, calls []*call[int, int]) {
+			for _, c := range calls {
+				c.answer = 2 * c.ask
+			}
+		},
+	}
 	var wg sync.WaitGroup
 	for worker := range 50 {
 		wg.Go(func() {
@@ -367,7 +366,7 @@ func TestCoalesceStress(t *testing.T) {
 					go cancel()
 				}
 				n := worker*1000 + i
-				if answer, err := c.do(ctx, n); err == nil && answer != 2*n || err != nil && !errors.Is(err, context.Canceled) {
+				if answer, err := b.do(ctx, n); err == nil && answer != 2*n || err != nil && !errors.Is(err, context.Canceled) {
 					t.Errorf("do(%d): %d, %v", n, answer, err)
 				}
 				cancel()
@@ -375,59 +374,350 @@ func TestCoalesceStress(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	waitFor(t, "the last worker to end", func() bool {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return !c.collecting && len(c.waiting) == 0 && len(c.lane) == 0
-	})
+	wantIdle(t, b)
 }
 
-func TestSharer(t *testing.T) {
+// slowLists is a store whose lists take until the test lets them go.
+type slowLists struct {
+	userStore
+	begun   chan int64 // the limit of each
+	release chan bool
+}
+
+func (s *slowLists) list(ctx context.Context, q listQuery) (*page, error) {
+	s.begun <- q.limit
+	<-s.release
+	return newPage(nil, q.limit), nil
+}
+
+// Requests for one page that wait together share it, and those for other pages don't
+// wait for them.
+func TestBatchedLists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := sharer[string]{lane: newLane()}
-		reads := make(chan string, 100)
-		release := make(chan bool)
-		get := func(key string) {
+		lists := &slowLists{begun: make(chan int64, 100), release: make(chan bool)}
+		s := coalesce(lists, nil, 10).(*batchedStore)
+		wantBegun := func(want ...int64) {
+			t.Helper()
+			synctest.Wait()
+			var got []int64
+			for len(lists.begun) > 0 {
+				got = append(got, <-lists.begun)
+			}
+			slices.Sort(got)
+			if !slices.Equal(got, want) {
+				t.Errorf("lists of %v began, want %v", got, want)
+			}
+		}
+		pages := make(chan *page, 6)
+		for _, limit := range []int64{1, 1, 1, 2, 1, 2} {
 			go func() {
-				got, err := s.do(t.Context(), key, func(context.Context) (string, error) {
-					reads <- key
-					<-release
-					return "page " + key, nil
-				})
-				if got != "page "+key || err != nil {
-					t.Errorf("do(%s): %s, %v", key, got, err)
+				p, err := s.list(t.Context(), listQuery{limit: limit})
+				if err != nil {
+					t.Error(err)
+				}
+				if limit == 1 {
+					pages <- p
 				}
 			}()
 			synctest.Wait()
 		}
-		for _, key := range strings.Fields("a a a b a b") {
-			get(key)
-		}
-		begun := func() (keys string) {
-			synctest.Wait()
-			for len(reads) > 0 {
-				keys += <-reads
-			}
-			return keys
-		}
-		if got := begun(); got != "aab" {
-			t.Errorf("reads of %q, want one each for who is alone, and the first turn of who is not", got)
-		}
-		for range 3 {
-			release <- true
-			synctest.Wait()
-		}
-		if got := begun(); got != "a" {
-			t.Errorf("then reads of %q, want one for all who waited for the page", got)
-		}
-		release <- true
-		if got := begun(); got != "b" {
-			t.Errorf("at last reads of %q, want one, in its turn", got)
-		}
-		release <- true
+		wantBegun(1)
+		lists.release <- true
+		wantBegun(1, 2)
+		<-pages
+		lists.release <- true
+		lists.release <- true
 		synctest.Wait()
-		if len(s.byKey) != 0 {
-			t.Errorf("%d keys are remembered for nobody", len(s.byKey))
+		if a, b, c := <-pages, <-pages, <-pages; a != b || b != c {
+			t.Error("those that waited together don't share a page")
+		}
+		wantIdle(t, s.lists)
+	})
+}
+
+// The statements for many users, on a real PostgreSQL: each call gets its own answer.
+
+// newBatchedStore returns a store with this mechanism alone around the plain one.
+func newBatchedStore(t *testing.T) *batchedStore {
+	t.Helper()
+	s := newStore(t)
+	return coalesce(s, s, 10).(*batchedStore)
+}
+
+// callsOf returns a call for each ask.
+func callsOf[Q any](asks ...Q) (calls []*call[Q, user]) {
+	for _, a := range asks {
+		calls = append(calls, &call[Q, user]{ask: a})
+	}
+	return calls
+}
+
+// wantOutcomes compares what the calls got: the address and name of a user, or the error.
+func wantOutcomes[Q any](t *testing.T, calls []*call[Q, user], want ...string) {
+	t.Helper()
+	var got []string
+	for _, c := range calls {
+		if c.err != nil {
+			got = append(got, c.err.Error())
+		} else {
+			got = append(got, c.answer.Email+" "+c.answer.Name)
+		}
+	}
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+var (
+	leftOut = errLeftOut.Error()
+	stale   = kindPrecondition.message
+)
+
+func TestCreateMany(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	mustCreate(t, s.pg, "taken@example.com")
+	odd := "\"\\{},NULL '\n\t😀"
+	calls := callsOf(
+		testUser(newUUID(), "first@example.com", "x"),
+		testUser(newUUID(), "TAKEN@example.com", "x"),
+		testUser(newUUID(), "last@example.com", "x"),
+	)
+	s.createMany(t.Context(), calls)
+	wantOutcomes(t, calls, "first@example.com x", taken, "last@example.com x")
+
+	calls = callsOf( // two of them alike: PostgreSQL finds that out when it inserts the second
+		testUser(newUUID(), "a@example.com", odd),
+		testUser(newUUID(), "TAKEN@example.com", "x"),
+		testUser(newUUID(), "same@example.com", "first"),
+		testUser(newUUID(), "Same@example.com", "second"),
+		testUser(newUUID(), "b@example.com", "NULL"),
+	)
+	s.createMany(t.Context(), calls)
+	wantOutcomes(t, calls, "a@example.com "+odd, taken, "same@example.com first", taken, "b@example.com NULL")
+	for _, c := range calls {
+		if c.err == nil && (c.answer.ID != c.ask.id || !c.answer.CreatedAt.Equal(c.answer.UpdatedAt)) {
+			t.Errorf("%+v made %+v", c.ask, c.answer)
+		}
+	}
+}
+
+func TestGetMany(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	a, b := mustCreate(t, s.pg, "a@example.com"), mustCreate(t, s.pg, "b@example.com")
+	calls := callsOf(b.ID, noSuchID, a.ID, b.ID)
+	s.getMany(t.Context(), calls)
+	wantOutcomes(t, calls, "b@example.com x", missing, "a@example.com x", "b@example.com x")
+}
+
+func TestFindMany(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	mustCreate(t, s.pg, "Ada@example.com")
+	mustCreate(t, s.pg, "Ünal@example.com")
+	calls := callsOf("ada@EXAMPLE.com", "nobody@example.com", "ünal@example.com", "Ada@example.com", `{"\`)
+	s.findMany(t.Context(), calls)
+	wantOutcomes(t, calls, "Ada@example.com x", missing, "Ünal@example.com x", "Ada@example.com x", missing)
+}
+
+func TestUpdateMany(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	a, b, c := mustCreate(t, s.pg, "a@example.com"), mustCreate(t, s.pg, "b@example.com"), mustCreate(t, s.pg, "c@example.com")
+	name, email := "new", "C@example.com"
+	old, current := "1", b.version()
+	calls := callsOf(
+		userPatch{id: a.ID, userInput: userInput{name: &name}},
+		userPatch{id: noSuchID, userInput: userInput{name: &name}},
+		userPatch{id: b.ID, userInput: userInput{name: &name}, when: preconditions{match: &current}},
+		userPatch{id: a.ID, userInput: userInput{name: &email}}, // the second of one user
+		userPatch{id: c.ID, userInput: userInput{email: &email}, when: preconditions{noneMatch: &old}},
+	)
+	s.updateMany(t.Context(), calls)
+	wantOutcomes(t, calls, "a@example.com new", missing, "b@example.com new", leftOut, "C@example.com x")
+	if u := calls[0].answer; !u.UpdatedAt.After(a.UpdatedAt) || !u.CreatedAt.Equal(a.CreatedAt) {
+		t.Errorf("%+v became %+v", a, u)
+	}
+
+	calls = callsOf( // what b was is not what it is
+		userPatch{id: b.ID, userInput: userInput{name: &email}, when: preconditions{match: &current}},
+		userPatch{id: a.ID, userInput: userInput{email: &email}}, // c has it: the statement fails, and each is on its own
+	)
+	s.updateMany(t.Context(), calls)
+	wantOutcomes(t, calls, stale, leftOut)
+	if u, err := s.get(t.Context(), a.ID); err != nil || u.Email != "a@example.com" || u.Name != "new" {
+		t.Errorf("%+v, %v", u, err)
+	}
+}
+
+// A table that inherits from users has rows in the same places, under other ids.
+// They are nobody's who was asked for.
+func TestManyBesideAnInheritedTable(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	a, b := mustCreate(t, s.pg, "a@example.com"), mustCreate(t, s.pg, "b@example.com")
+	mustExec(t, s.pg.db, "CREATE TABLE old_users () INHERITS (users)")
+	mustExec(t, s.pg.db, "INSERT INTO old_users (id, email, name) SELECT gen_random_uuid(), 'old' || n, 'old' FROM generate_series(1, 20) n")
+	name := "new"
+	calls := callsOf(userPatch{id: a.ID, userInput: userInput{name: &name}}, userPatch{id: b.ID, userInput: userInput{name: &name}})
+	s.updateMany(t.Context(), calls)
+	wantOutcomes(t, calls, "a@example.com new", "b@example.com new")
+	if n := count(t, s.pg.db, "SELECT count(*) FROM old_users WHERE name = 'old'"); n != 20 {
+		t.Errorf("%d of 20 are as they were", n)
+	}
+}
+
+// A row that somebody has locked is left out, and the others don't wait for it.
+func TestManyAroundALockedRow(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	a, locked := mustCreate(t, s.pg, "a@example.com"), mustCreate(t, s.pg, "locked@example.com")
+	begin(t, s.pg.db, "SELECT FROM users WHERE id = $1 FOR UPDATE", locked.ID)
+	name := "new"
+	calls := callsOf(userPatch{id: locked.ID, userInput: userInput{name: &name}}, userPatch{id: a.ID, userInput: userInput{name: &name}})
+	s.updateMany(t.Context(), calls)
+	wantOutcomes(t, calls, leftOut, "a@example.com new")
+}
+
+// When PostgreSQL does not answer, no call is left out, to ask it again alone.
+func TestManyWithoutDatabase(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Nanosecond)
+	defer cancel()
+	<-ctx.Done()
+	calls := callsOf(noSuchID, noSuchID)
+	s.getMany(ctx, calls)
+	for _, c := range calls {
+		if c.err == nil || asAPIError(c.err).kind != kindTimeout {
+			t.Errorf("got %v", c.err)
+		}
+	}
+}
+
+// One statement for calls that share a key.
+func TestCreateManyWithOneKey(t *testing.T) {
+	t.Parallel()
+	s := newBatchedStore(t)
+	create := func(key, email, name string) newUser {
+		return testUser(keyedUUID(caller{}, key, email, name), email, name)
+	}
+	mustCreate(t, s.pg, "taken@example.com")
+	calls := callsOf(
+		create("same", "a@example.com", "x"),
+		create("two", "b@example.com", "x"),
+		create("same", "a@example.com", "x"),
+		create("two", "c@example.com", "x"),
+		create("taken", "taken@example.com", "x"),
+	)
+	s.createMany(t.Context(), calls)
+	wantOutcomes(t, calls, "a@example.com x", "b@example.com x", "a@example.com x", leftOut, leftOut)
+	if calls[0].answer != calls[2].answer {
+		t.Errorf("%+v and %+v", calls[0].answer, calls[2].answer)
+	}
+	for i, want := range map[int]error{0: nil, 3: errKeyReused, 4: errEmailTaken} {
+		u, err := s.create(t.Context(), calls[i].ask)
+		if err != want || err == nil && u.ID != calls[i].ask.id {
+			t.Errorf("call %d alone: %+v, %v; want %v", i, u, err, want)
+		}
+	}
+}
+
+// The indexes serve the statements for many as well.
+func TestPlansOfMany(t *testing.T) {
+	t.Parallel()
+	wantPlans(t, newStore(t), insertUsers, insertUsersOnce, selectUsers, findUsers, updateUsers)
+}
+
+func FuzzTextArray(f *testing.F) {
+	f.Add("a", `"{},\NULL `)
+	f.Fuzz(func(t *testing.T, a, b string) {
+		text := textArray(callsOf(&a, nil, &b), func(s **string) *string { return *s })
+		got, rest := parseArray(text)
+		if rest != "" || len(got) != 3 || got[0] == nil || *got[0] != a || got[1] != nil || got[2] == nil || *got[2] != b {
+			t.Errorf("%q and %q became %s", a, b, text)
 		}
 	})
+}
+
+// parseArray reads the text of an array as PostgreSQL's manual, section
+// 8.15.6, describes it, and returns what it could not read.
+func parseArray(s string) (elements []*string, rest string) {
+	s, _ = strings.CutPrefix(s, "{")
+	for {
+		if after, ok := strings.CutPrefix(s, "NULL"); ok {
+			elements, s = append(elements, nil), after
+		} else if after, ok := strings.CutPrefix(s, `"`); ok {
+			var b []byte
+			i := 0
+			for ; i < len(after) && after[i] != '"'; i++ {
+				if after[i] == '\\' {
+					i++
+				}
+				b = append(b, after[i])
+			}
+			text := string(b)
+			elements, s = append(elements, &text), after[i+1:]
+		}
+		after, more := strings.CutPrefix(s, ",")
+		if !more {
+			rest, _ = strings.CutSuffix(s, "}")
+			return elements, rest
+		}
+		s = after
+	}
+}
+
+// Refusals share statements like all else: those that a batch can tell of its
+// requests, even many about one user, are no statements of their own.
+func TestRefusalsShareStatements(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	taken := createUser(s, "taken@example.com")
+	mustExec(t, s.db, "CREATE SEQUENCE statements")
+	mustExec(t, s.db, `CREATE FUNCTION count_statement() RETURNS trigger LANGUAGE plpgsql AS
+		'BEGIN PERFORM nextval(''statements''), pg_sleep(0.02); RETURN NULL; END'`) // a sequence counts what is undone, too
+	mustExec(t, s.db, `CREATE TRIGGER count_statement BEFORE INSERT OR UPDATE ON users FOR EACH STATEMENT EXECUTE FUNCTION count_statement()`)
+	statements := func() int { return count(t, s.db, "SELECT last_value FROM statements") }
+	const requests = 100
+	for _, refusal := range []struct {
+		method, path, body, field string
+		want                      int
+	}{
+		{"POST", usersPath, `{"email":"taken@example.com","name":"x"}`, "X: x", 409},
+		{"PUT", taken.header.Get("Location"), `{"name":"x"}`, `If-Match: "1"`, 412},
+		{"PUT", usersPath + "/" + noSuchID, `{"name":"x"}`, "X: x", 404},
+	} {
+		waitFor(t, fmt.Sprintf("%d answers with %d to share statements", requests, refusal.want), func() bool {
+			before := statements()
+			var calls pendingCalls
+			for range requests {
+				calls.goCall(s, refusal.method, refusal.path, refusal.body, refusal.field)
+			}
+			for _, a := range calls.wait() {
+				if a.status != refusal.want {
+					t.Fatalf("%d %s; want %d", a.status, a.body, refusal.want)
+				}
+			}
+			return statements()-before < requests/3 // unless they came one by one
+		})
+	}
+}
+
+// A statement for many that fails is told to each as its own would be.
+func TestFailedBatchOfGets(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	mustExec(t, s.db, "ALTER TABLE users RENAME TO users_away")
+	var clients sync.WaitGroup
+	for range 40 {
+		clients.Go(func() {
+			for range 5 {
+				wantError(t, s.call("GET", usersPath+"/"+noSuchID, ""), 500, "Database error")
+			}
+		})
+	}
+	clients.Wait()
+	mustExec(t, s.db, "ALTER TABLE users_away RENAME TO users")
 }

@@ -127,6 +127,17 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 	return c, errors.Join(mistakes...)
 }
 
+// logTo logs what an operator has to know of the configuration.
+func (c config) logTo(log *slog.Logger) {
+	log.Debug("configuration", "values", c)
+	for _, warning := range c.warnings {
+		log.Warn(warning)
+	}
+	if c.authOff {
+		log.Warn("AUTH=off: the API is open to everybody who can reach this address")
+	}
+}
+
 // listenAddr returns the address that net.Listen takes.
 func (c config) listenAddr() string { return net.JoinHostPort(c.host, strconv.Itoa(c.port)) }
 

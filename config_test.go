@@ -327,8 +327,8 @@ func TestHostThatIsNone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = net.Listen("tcp", c.listenAddr())
-		if _, ok := errors.AsType[usageError](listenError(host, err)); !ok {
+		_, err = manager{}.listen(c)
+		if _, ok := errors.AsType[usageError](err); !ok {
 			t.Errorf("HOST=%s: %v", host, err)
 		}
 	}

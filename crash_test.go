@@ -1,20 +1,16 @@
+//go:build !plain
+
 package main
 
 import (
-	"bytes"
 	"database/sql"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
 	"regexp"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -22,9 +18,6 @@ import (
 // Exactly once, whatever becomes of PostgreSQL: it is killed, and its answers are
 // lost. What a write that was sent and not answered has done, nobody can tell:
 // the service has to repeat it so that it is done once all the same.
-
-// chaosConns is how many clients the load has.
-const chaosConns = 64
 
 // TestChaosCrash kills every process of PostgreSQL at once, again and again.
 func TestChaosCrash(t *testing.T) {
@@ -69,54 +62,6 @@ func TestChaosCrash(t *testing.T) {
 	o.faults = rounds
 	o.want(t, "kill -9 of the whole PostgreSQL")
 	t.Logf("PostgreSQL was away for up to %.2f s", outage.Seconds())
-}
-
-// killDatabase kills all processes of a PostgreSQL at once, and returns when its
-// first one has ended. Each of them leads a process group of its own, so a signal
-// to the group of the first would leave the others time to finish and to answer.
-func killDatabase(t *testing.T, d *privatePostgres) {
-	t.Helper()
-	first := serverPid(t, d)
-	if err := syscall.Kill(first, syscall.SIGSTOP); err != nil { // so that it starts no more of them
-		t.Fatal(err)
-	}
-	waitFor(t, "PostgreSQL to stand still", func() bool {
-		state, _ := processStat(first)
-		return state == "T"
-	})
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	pids := []int{first}
-	for _, e := range entries {
-		if pid, err := strconv.Atoi(e.Name()); err == nil {
-			if _, parent := processStat(pid); parent == first {
-				pids = append(pids, pid)
-			}
-		}
-	}
-	if len(pids) < 5 { // the checkpointer, the writers, and those who serve
-		t.Fatalf("PostgreSQL has %d processes only", len(pids))
-	}
-	for _, pid := range pids {
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-			t.Fatal(err)
-		}
-	}
-	<-d.exited()
-}
-
-// processStat returns the state of a process and the pid of its parent, or
-// nothing of one that is gone: fields 3 and 4 of /proc/pid/stat (proc(5)).
-func processStat(pid int) (state string, parent int) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return "", 0
-	}
-	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // a program's name may have anything in it
-	parent, _ = strconv.Atoi(fields[1])
-	return fields[0], parent
 }
 
 // TestChaosAnswersLost lets statements through to PostgreSQL and loses what it

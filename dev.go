@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,23 @@ import (
 
 // devDir is the folder of -dev, below the working directory.
 const devDir = ".dev"
+
+// configure reads the configuration, with .env. With dev it makes up for what both do
+// not set; private is then the database that it has started, or nil.
+func configure(ctx context.Context, dev bool, getenv func(string) string, stderr io.Writer) (cfg config, private *privatePostgres, err error) {
+	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
+		return cfg, nil, usageError(err.Error())
+	}
+	if dev {
+		if private, getenv, err = prepareDev(ctx, getenv, stderr); err != nil {
+			return cfg, nil, err
+		}
+	}
+	if cfg, err = loadConfig(getenv, dev); err != nil {
+		return cfg, nil, errors.Join(usageError(err.Error()), private.stop())
+	}
+	return cfg, private, nil
+}
 
 // prepareDev makes up for what the environment does not set: a secret, and a database,
 // which it starts. The database is nil if DATABASE_URL names one.

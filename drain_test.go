@@ -138,53 +138,6 @@ func newListener(t testing.TB) (net.Listener, *os.File) {
 	return listener, socket
 }
 
-// HAProxy sends nobody to a replica that is dead, before its checks have found out,
-// and turns nobody away while PostgreSQL is away and so no replica ready.
-func TestBalancer(t *testing.T) {
-	findProxy(t, "haproxy")
-	t.Parallel()
-	checkLeaks(t)
-	server := newPrimary(t)
-	address, ports := startBalancer(t)
-	var replicas [2]*process
-	for i := range replicas {
-		replicas[i] = startProcess(t, t.TempDir(), testEnv("postgres://rollcall:secret@127.0.0.1:"+server.port+"/rollcall?sslmode=disable",
-			"PORT="+ports[i], "REQUEST_TIMEOUT=30s"))
-		replicas[i].waitReady()
-	}
-	get := func() error {
-		c := &rawClient{address: address}
-		resp, err := c.do("GET", usersPath, "", 0)
-		if err != nil {
-			return err
-		}
-		defer c.conn.Close()
-		if resp.StatusCode != 200 {
-			return errors.New(resp.Status)
-		}
-		return nil
-	}
-	replicas[0].cmd.Process.Kill()
-	replicas[0].exit()
-	for range 4 { // which HAProxy would send to both, in turns
-		if err := get(); err != nil {
-			t.Errorf("one replica is dead: %v", err)
-		}
-	}
-
-	server.cancel()
-	<-server.exited()
-	waitFor(t, "HAProxy to have asked in vain", func() bool {
-		return strings.Count(replicas[1].stderr.String(), `"path":"/health/ready","status":503`) > 2
-	})
-	answered := make(chan error)
-	go func() { answered <- get() }()
-	server.serve()
-	if err := <-answered; err != nil {
-		t.Errorf("PostgreSQL was away: %v", err)
-	}
-}
-
 // A crowd is clients of three kinds that create and list users until its end: some
 // keep their connection and never repeat a request, some are net/http's, which
 // repeats a GET, but no POST, whose connection it finds dead, and some connect
@@ -450,32 +403,26 @@ func TestDrainDelayEnds(t *testing.T) {
 func TestLastAnswerOfConnection(t *testing.T) {
 	t.Parallel()
 	for name, handler := range map[string]http.HandlerFunc{
-		"a body":       func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "OK") },
-		"a status":     func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNoContent) },
-		"both":         func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(404); io.WriteString(w, "no") },
-		"first a hint": func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(103); w.WriteHeader(200) },
-		"a panic":      func(w http.ResponseWriter, r *http.Request) { panic("oh") },
-		"compressed":   compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 4096)) })).ServeHTTP,
+		"a body":     func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "OK") },
+		"a status":   func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNoContent) },
+		"both":       func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(404); io.WriteString(w, "no") },
+		"a panic":    func(w http.ResponseWriter, r *http.Request) { panic("oh") },
+		"compressed": compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 4096)) })).ServeHTTP,
 	} {
 		t.Run(name, func(t *testing.T) {
 			checkLeaks(t)
 			var draining atomic.Bool
 			log := slog.New(slog.DiscardHandler)
-			server := httptest.NewServer(observe(log, recoverPanics(log, sayGoodbye(&draining, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			server := httptest.NewServer(observe(log, &draining, patience, recoverPanics(log, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				draining.Store(r.URL.Path == "/stop")
 				handler(w, r)
-			})))))
+			}))))
 			defer server.Close()
 			c := &rawClient{address: server.Listener.Addr().String()}
 			for _, path := range []string{"/", "/stop"} {
 				resp, err := c.do("GET", path, "", 0)
 				if err != nil {
 					t.Fatal(err)
-				}
-				if resp.StatusCode == 103 { // http.ReadResponse takes it for the answer
-					if resp, err = http.ReadResponse(c.r, nil); err != nil {
-						t.Fatal(err)
-					}
 				}
 				io.Copy(io.Discard, resp.Body)
 				if resp.Close != (path == "/stop") {
@@ -489,17 +436,18 @@ func TestLastAnswerOfConnection(t *testing.T) {
 
 // The server gives up waiting on idle connections, but on none whose request is
 // there, be it in the kernel or half read.
-func TestHangUp(t *testing.T) {
+func TestExpireIdle(t *testing.T) {
 	t.Parallel()
-	t.Run("plain", func(t *testing.T) { testHangUp(t, false) })
-	t.Run("TLS", func(t *testing.T) { testHangUp(t, true) })
+	t.Run("plain", func(t *testing.T) { testExpireIdle(t, false) })
+	t.Run("TLS", func(t *testing.T) { testExpireIdle(t, true) })
 }
 
-func testHangUp(t *testing.T, secure bool) {
+func testExpireIdle(t *testing.T, secure bool) {
 	checkLeaks(t)
-	conns := newConnections(2, slog.New(slog.DiscardHandler))
+	log := slog.New(slog.DiscardHandler)
+	s := newServer(config{requestTimeout: patience, dbMaxConns: 1}, log)
 	entered, goOn := make(chan struct{}, 1), make(chan struct{})
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.Handler = watchClient(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == "POST" {
 			entered <- struct{}{}
 			<-goOn
@@ -508,33 +456,31 @@ func testHangUp(t *testing.T, secure bool) {
 			}
 		}
 	}))
-	server.Config.ConnState = conns.track
-	server.Listener = connectionListener{server.Listener}
 	dial := net.Dial
 	if secure {
-		server.StartTLS()
+		certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
+		var err error
+		if s.TLSConfig, err = newTLSConfig(config{tlsCertFile: certFile, tlsKeyFile: keyFile}, log); err != nil {
+			t.Fatal(err)
+		}
 		dial = func(network, address string) (net.Conn, error) {
 			return tls.Dial(network, address, &tls.Config{InsecureSkipVerify: true})
 		}
-	} else {
-		server.Start()
 	}
-	defer server.Close()
-	the := func(state http.ConnState) (c *connection) {
+	listener, _ := newListener(t)
+	startServer(t, s, listener)
+	the := func(state http.ConnState) (c *serverConn) {
 		waitFor(t, "the connection to be "+state.String(), func() bool {
-			open := conns.open()
-			if len(open) != 1 {
-				return false
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			for _, c = range s.conns {
 			}
-			c = open[0]
-			conns.mu.Lock()
-			defer conns.mu.Unlock()
-			return c.state == state
+			return len(s.conns) == 1 && c.state == state
 		})
 		return c
 	}
 
-	client, err := dial("tcp", server.Listener.Addr().String())
+	client, err := dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -544,29 +490,33 @@ func testHangUp(t *testing.T, secure bool) {
 	fmt.Fprint(client, "POST / HTTP/1.1\r\nHost: rollcall\r\nContent-Length: 4\r\n\r\n")
 	<-entered
 	c := the(http.StateActive)
+	// expire calls expireIdle with c in that state, and returns what c got.
+	expire := func(state http.ConnState) (expired bool) {
+		s.mu.Lock()
+		c.state = state
+		s.mu.Unlock()
+		s.expireIdle(time.Time{})
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return c.expired
+	}
 
 	// What can't be arranged from outside: a request that is found just when the
 	// connection, which is idle for a moment more, is given up.
-	c.state = http.StateIdle
-	conns.hangUp(c, patience, false)
-	if c.cutShort == 0 {
+	if !expire(http.StateIdle) {
 		t.Fatal("the connection was not given up")
 	}
-	if c.over != nil {
-		conns.track(c.over, http.StateActive)
-	} else {
-		conns.track(c, http.StateActive)
+	tracked := c.Conn
+	if secure {
+		tracked = c.tls
 	}
+	s.track(tracked, http.StateActive)
 	fmt.Fprint(client, "body")
-	waitFor(t, "the body to arrive", func() bool { return c.unread() })
-	c.state = http.StateIdle // and one whose bytes nobody has read yet
-	conns.hangUp(c, patience, false)
-	if c.cutShort != 0 {
+	waitFor(t, "the body to arrive", func() bool { n, err := peek(rawConn(c.Conn)); return err == nil && n > 0 })
+	if expire(http.StateIdle) { // and one whose bytes nobody has read yet
 		t.Error("given up in spite of what has arrived")
 	}
-	c.state = http.StateActive
-	conns.hangUp(c, patience, false)
-	if c.cutShort != 0 {
+	if expire(http.StateActive) {
 		t.Error("given up in the middle of a request")
 	}
 	close(goOn)
@@ -574,10 +524,10 @@ func testHangUp(t *testing.T, secure bool) {
 		t.Fatalf("the request: %v, %v", resp, err)
 	}
 
-	c = the(http.StateIdle)
+	the(http.StateIdle)
 	waitFor(t, "the idle connection to be closed", func() bool {
-		conns.hangUp(c, patience, false) // again: the server may have set its own deadline just then
-		return len(conns.open()) == 0
+		// Again: the server may have set its own deadline just then.
+		return s.expireIdle(time.Time{}) == 0
 	})
 	if _, err := r.ReadByte(); err != io.EOF {
 		t.Errorf("the client reads %v", err)

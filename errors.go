@@ -4,113 +4,103 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
-	"strconv"
 )
 
-// How an error becomes an answer
+// How an error becomes a response
 //
-// Whatever goes wrong returns an error up the stack: nobody but writeError
-// writes an answer that is not a success. On its way an error is either a
-// *failure, which says what the caller may know, or anything else, which is a
-// 500 and stays in the log. A *failure has three readers: the kind is for the
-// program, the message for the person, the cause for the log alone.
+// Whatever goes wrong returns an error up the stack, and writeError alone writes
+// responses that are no success. An error is either an *apiError, which says what
+// the client may know, or anything else, which is a 500 and stays in the log. An
+// *apiError has three readers: the kind is for the program, the message for the
+// person, the cause for the log.
 
-// A kind is a class of errors that share a status.
-type kind int
-
-const (
-	kindInternal kind = iota // the zero value: what nobody foresaw
-	kindDatabase
-	kindMalformed
-	kindInvalid
-	kindUnauthorized
-	kindForbidden
-	kindNotFound
-	kindMethod
-	kindConflict
-	kindPrecondition
-	kindTooLarge
-	kindMediaType
-	kindShape
-	kindKeyReused
-	kindCallerGone
-	kindUnavailable
-	kindTimeout
-)
-
-// answers is the table from kind to status (RFC 9110, section 15), each with
-// the message for failures that bring none of their own.
-var answers = [...]struct {
+// A kind is a class of errors that share a status (RFC 9110, section 15).
+type kind struct {
 	status  int
-	message string
-}{
-	kindInternal:     {http.StatusInternalServerError, "Internal error"},
-	kindDatabase:     {http.StatusInternalServerError, "Database error"},
-	kindMalformed:    {http.StatusBadRequest, "Malformed request"},
-	kindInvalid:      {http.StatusBadRequest, "Validation error"},
-	kindUnauthorized: {http.StatusUnauthorized, "Missing bearer token"},
-	kindForbidden:    {http.StatusForbidden, "Missing scope"},
-	kindNotFound:     {http.StatusNotFound, "Resource not found"},
-	kindMethod:       {http.StatusMethodNotAllowed, "Method not allowed"},
-	kindConflict:     {http.StatusConflict, "Email already in use"},
-	kindPrecondition: {http.StatusPreconditionFailed, "The user is not in the version that the precondition asks for"},
-	kindTooLarge:     {http.StatusRequestEntityTooLarge, "Request body too large"},
-	kindMediaType:    {http.StatusUnsupportedMediaType, "Content-Type must be application/json"},
-	kindShape:        {http.StatusUnprocessableEntity, "Unexpected JSON"},
-	kindKeyReused:    {http.StatusUnprocessableEntity, "The Idempotency-Key was used before, with another body"},
-	kindCallerGone:   {499, "Client closed the request"}, // nginx's number, for the log: nobody reads this answer
-	kindUnavailable:  {http.StatusServiceUnavailable, "Service unavailable"},
-	kindTimeout:      {http.StatusServiceUnavailable, "The request took too long"},
+	message string // of errors that bring none of their own
 }
 
-// A failure is an error that knows its answer.
-type failure struct {
+var (
+	kindInternal      = kind{http.StatusInternalServerError, "Internal error"}
+	kindDatabase      = kind{http.StatusInternalServerError, "Database error"}
+	kindMalformed     = kind{http.StatusBadRequest, "Malformed request"}
+	kindInvalid       = kind{http.StatusBadRequest, "Validation error"}
+	kindUnauthorized  = kind{http.StatusUnauthorized, "Missing bearer token"}
+	kindForbidden     = kind{http.StatusForbidden, "Missing scope"}
+	kindNotFound      = kind{http.StatusNotFound, "Resource not found"}
+	kindMethod        = kind{http.StatusMethodNotAllowed, "Method not allowed"}
+	kindConflict      = kind{http.StatusConflict, "Email already in use"}
+	kindPrecondition  = kind{http.StatusPreconditionFailed, "The user is not in the version that the precondition asks for"}
+	kindTooLarge      = kind{http.StatusRequestEntityTooLarge, "Request body too large"}
+	kindMediaType     = kind{http.StatusUnsupportedMediaType, "Content-Type must be application/json"}
+	kindUnprocessable = kind{http.StatusUnprocessableEntity, "Unexpected JSON"}
+	kindClientGone    = kind{499, "Client closed the request"} // nginx's number, for the log: nobody reads this response
+	kindUnavailable   = kind{http.StatusServiceUnavailable, "Service unavailable"}
+	kindTimeout       = kind{http.StatusServiceUnavailable, "The request took too long"}
+)
+
+// An apiError is an error that knows its response.
+type apiError struct {
 	kind    kind
-	message string      // for the caller; empty takes the kind's own
-	header  http.Header // further fields of the answer; may be nil
+	message string      // for the client; empty takes the kind's own
+	header  http.Header // further fields of the response; may be nil
 	cause   error       // for the log; may be nil
 }
 
-// The failures that say all there is to say.
+// The errors that say all there is to say.
 var (
-	errNotFound     = &failure{kind: kindNotFound}
-	errEmailTaken   = &failure{kind: kindConflict}
-	errPrecondition = &failure{kind: kindPrecondition}
-	errKeyReused    = &failure{kind: kindKeyReused}
-	errSkipped      = &failure{kind: kindShape, message: "The database did not make this change",
+	errNotFound     = &apiError{kind: kindNotFound}
+	errEmailTaken   = &apiError{kind: kindConflict}
+	errPrecondition = &apiError{kind: kindPrecondition}
+	errKeyReused    = &apiError{kind: kindUnprocessable, message: "The Idempotency-Key was used before, with another body"}
+	errSkipped      = &apiError{kind: kindUnprocessable, message: "The database did not make this change",
 		cause: errors.New("a trigger on the table has skipped the row")}
 )
 
-// invalid returns the failure of a value that breaks a rule: what names the
-// field and the rule.
-func invalid(what string) *failure {
-	return &failure{kind: kindInvalid, message: "Validation error: " + what}
+// errAmbiguous matches the errors of a write that may have been made all the same:
+// its response from PostgreSQL was lost, or was not waited for.
+var errAmbiguous = errors.New("the statement may have been executed")
+
+// invalid returns the error of a value that breaks a rule: what names the field
+// and the rule.
+func invalid(what string) *apiError {
+	return &apiError{kind: kindInvalid, message: "Validation error: " + what}
 }
 
-func (f *failure) Error() string {
-	text := cmp.Or(f.message, answers[f.kind].message)
-	if f.cause != nil {
-		text += ": " + f.cause.Error()
+func (e *apiError) Error() string {
+	text := e.text()
+	if e.cause != nil {
+		text += ": " + e.cause.Error()
 	}
 	return text
 }
 
-func (f *failure) Unwrap() error { return f.cause }
+// text returns the message for the client.
+func (e *apiError) text() string {
+	text := cmp.Or(e.message, e.kind.message)
+	if errors.Is(e.cause, errAmbiguous) {
+		text += "; the change may have been made all the same"
+	}
+	return text
+}
 
-// asFailure returns the failure that err is or wraps, and makes one of the
+func (e *apiError) Unwrap() error { return e.cause }
+
+// asAPIError returns the *apiError that err is or wraps, and makes one of the
 // errors that have a meaning of their own. All others are internal errors.
-func asFailure(err error) *failure {
-	var f *failure
+func asAPIError(err error) *apiError {
+	var e *apiError
 	switch {
-	case errors.As(err, &f):
-		return f
+	case errors.As(err, &e):
+		return e
 	case errors.Is(err, context.DeadlineExceeded):
-		return &failure{kind: kindTimeout, cause: err}
-	case errors.Is(err, context.Canceled): // only the caller's going away cancels a request
-		return &failure{kind: kindCallerGone, cause: err}
+		return &apiError{kind: kindTimeout, cause: err}
+	case errors.Is(err, context.Canceled): // a request is cancelled only when its client has gone
+		return &apiError{kind: kindClientGone, cause: err}
 	default:
-		return &failure{kind: kindInternal, cause: err}
+		return &apiError{kind: kindInternal, cause: err}
 	}
 }
 
@@ -124,58 +114,39 @@ func (h handlerFunc) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// writeError answers r with err and leaves what the caller may not see to the
-// access log. Those who ask for application/problem+json get the same facts in
-// the form of RFC 9457. It must be called before the status has been written.
+// writeError responds to r with err and leaves to the access log what the client
+// may not see. Clients that ask for application/problem+json get the same facts
+// in the form of RFC 9457.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
-	f := asFailure(err)
-	status, message := answers[f.kind].status, cmp.Or(f.message, answers[f.kind].message)
-	x := exchangeOf(w)
-	x.cause = f.cause
+	e := asAPIError(err)
+	status := cmp.Or(e.kind.status, http.StatusInternalServerError)
+	infoFrom(r.Context()).cause = e.cause
 
 	h := w.Header()
-	for name, values := range f.header {
+	for name, values := range e.header {
 		h[name] = values
 	}
 	if status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", "1") // seconds; RFC 9110, section 10.2.3
 	}
-	if r.ContentLength != 0 && !x.bodyRead && r.ProtoMajor == 1 {
-		// Else net/http would wait for the rest of a body that nobody wants, before
-		// it sends the answer.
-		h.Set("Connection", "close")
-	}
-	h.Del("ETag") // those of a success that did not come about
-	h.Del("Location")
-
-	var body []byte
-	contentType := jsonType
-	if prefersProblem(r.Header["Accept"]) {
-		contentType = []string{"application/problem+json"}
-		body = append(body, `{"type":"about:blank","title":`...)
-		body = appendJSONString(body, cmp.Or(http.StatusText(status), "Client Closed Request"))
-		body = append(body, `,"status":`...)
-		body = strconv.AppendInt(body, int64(status), 10)
-		body = append(body, `,"detail":`...)
-		body = appendJSONString(body, message)
-		body = append(body, '}')
-	} else {
-		body = append(body, `{"error":{"message":`...)
-		body = appendJSONString(body, message)
-		body = append(body, `,"code":`...)
-		body = strconv.AppendInt(body, int64(status), 10)
-		body = append(body, `}}`...)
+	for _, name := range []string{"ETag", "Location", "Link"} { // of a success that did not come about
+		h.Del(name)
 	}
 	h.Add("Vary", "Accept")
+
+	message := appendJSONString(nil, e.text())
+	contentType, body := jsonType, fmt.Appendf(nil, `{"error":{"message":%s,"code":%d}}`, message, status)
+	if prefersProblem(r.Header["Accept"]) {
+		title := cmp.Or(http.StatusText(status), e.kind.message)
+		contentType = []string{"application/problem+json"}
+		body = fmt.Appendf(nil, `{"type":"about:blank","title":%q,"status":%d,"detail":%s}`, title, status, message)
+	}
 	writeBody(w, status, contentType, body)
 }
 
-// writeBody sends a whole answer. The body has been made before the status is
-// committed, so whatever fails in making it can still become an error.
+// writeBody writes a whole response. The body must not be changed after.
 func writeBody(w http.ResponseWriter, status int, contentType []string, body []byte) {
-	h := w.Header()
-	h["Content-Type"] = contentType
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	w.WriteHeader(status)
-	w.Write(body) // an error here means that the caller is gone: nobody is left to tell
+	rec := w.(*responseRecorder)
+	rec.Header()["Content-Type"] = contentType
+	rec.status, rec.body = status, body
 }

@@ -121,29 +121,42 @@ func connect(t testing.TB) (client *net.TCPConn, server net.Conn) {
 	return conn.(*net.TCPConn), server
 }
 
-// serveOn has h serve those who connect to listener as the service would, until t
-// ends, and returns the URL. nil is a listener of its own.
+// serveOn has h serve the clients that connect to listener as the service would, until
+// t ends, and returns the URL. nil is a listener of its own.
 func serveOn(t testing.TB, listener net.Listener, h http.Handler) string {
 	t.Helper()
 	checkLeaks(t)
 	if listener == nil {
 		listener, _ = newListener(t)
 	}
-	server := &http.Server{Handler: h, ReadTimeout: patience, IdleTimeout: patience}
-	conns := newConnections(100, slog.New(slog.DiscardHandler))
-	watching, stop := context.WithCancel(context.Background())
-	go conns.watch(watching)
+	s := newServer(config{requestTimeout: patience, dbMaxConns: 10}, slog.New(slog.DiscardHandler))
+	s.Handler = watchClient(h)
+	startServer(t, s, listener)
+	return "http://" + listener.Addr().String()
+}
+
+// startServer has s serve on listener until t ends.
+func startServer(t testing.TB, s *server, listener net.Listener) {
 	done := make(chan error, 1)
-	go func() { done <- listen(server, listener, conns) }()
+	go func() { done <- s.serve(context.Background(), watchedListener(listener)) }()
 	t.Cleanup(func() {
-		stop()
-		server.Close()
+		s.Close()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
-	return "http://" + listener.Addr().String()
 }
+
+// underObserve returns h with the outermost layer around it: nothing else may be
+// without. Its log is not kept.
+func underObserve(h http.Handler) http.Handler {
+	return observe(slog.New(slog.DiscardHandler), new(atomic.Bool), patience, h)
+}
+
+// allPosts are the routes of a [readBody] that reads the body of every POST.
+var allPosts = http.NewServeMux()
+
+func init() { allPosts.Handle("POST /", http.NotFoundHandler()) }
 
 // A service is a running rollcall.
 type service struct {

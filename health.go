@@ -5,9 +5,9 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -15,13 +15,27 @@ import (
 
 // health answers those who decide whether this process gets traffic, or lives on.
 type health struct {
-	store    *store
-	draining atomic.Bool // set once the service is to stop
+	ping     func(context.Context) error // PostgreSQL
+	started  chan struct{}               // closed when requests can be served
+	draining *atomic.Bool                // the service stops
 }
 
-// live answers GET /health: the process is up. It touches nothing else, since
-// whoever asks restarts a process that does not answer, and a restart heals no
-// database.
+func newHealth(ping func(context.Context) error, draining *atomic.Bool) *health {
+	return &health{ping: ping, started: make(chan struct{}), draining: draining}
+}
+
+// isStarted reports whether requests can be served.
+func (h *health) isStarted() bool {
+	select {
+	case <-h.started:
+		return true
+	default:
+		return false
+	}
+}
+
+// live answers GET /health: the process is up. It touches nothing else: a process that
+// does not answer is restarted, and a restart heals no database.
 func (h *health) live(w http.ResponseWriter, r *http.Request) error {
 	writeBody(w, http.StatusOK, []string{"text/plain; charset=utf-8"}, []byte("OK"))
 	return nil
@@ -32,106 +46,84 @@ const readyTimeout = 2 * time.Second
 
 // ready answers GET /health/ready: send me requests, or rather not.
 func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
-	unready := func(message string, cause error) error {
-		return &failure{kind: kindUnavailable, message: message, cause: cause}
-	}
+	unready := &apiError{kind: kindUnavailable}
 	switch {
 	case h.draining.Load():
-		return unready("The service is stopping", nil)
-	case !h.store.started.Load():
-		return unready("The service is starting", nil)
+		unready.message = "The service is stopping"
+		return unready
+	case !h.isStarted():
+		unready.message = "The service is starting"
+		return unready
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
 	defer cancel()
-	if err := h.store.ping(ctx); err != nil {
-		return unready("PostgreSQL does not answer", err)
+	if unready.cause = h.ping(ctx); unready.cause != nil {
+		unready.message = "PostgreSQL does not answer"
+		return unready
 	}
 	writeBody(w, http.StatusOK, jsonType, []byte(`{"status":"ready"}`))
 	return nil
 }
 
-// healthConfig reads what checkHealth needs, so that it can be run with less
-// than the whole configuration.
-func healthConfig(getenv func(string) string) (cfg config, err error) {
+// checkHealth asks the configured service, on this host, whether it is ready: the
+// healthcheck command, for containers without curl. All that it needs of the
+// configuration is where the service listens.
+func checkHealth(ctx context.Context, getenv func(string) string) error {
+	var cfg config
 	for _, v := range cfg.variables() {
-		switch v.name {
-		case "HOST", "PORT", "TLS_CERT_FILE":
-			if value := cmp.Or(getenv(v.name), v.byDefault); value != "" {
-				if err := v.parse(value); err != nil {
-					return cfg, usageError(fmt.Sprintf("%s: %q %v", v.name, value, err))
-				}
-			}
+		value := cmp.Or(getenv(v.name), v.byDefault)
+		if value == "" || !slices.Contains([]string{"HOST", "PORT", "TLS_CERT_FILE"}, v.name) {
+			continue
+		}
+		if err := v.parse(value); err != nil {
+			return usageError(fmt.Sprintf("%s: %q %v", v.name, value, err))
 		}
 	}
-	return cfg, nil
-}
-
-// checkHealth asks the service of this configuration, on this host, whether it
-// is ready. It is the healthcheck command, for containers without curl.
-func checkHealth(ctx context.Context, cfg config) error {
 	if cfg.port == 0 {
 		return usageError("healthcheck: with PORT=0 the service takes any free port; set PORT to the one that it logs")
 	}
-	host, scheme := cfg.host, "http"
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() { // 0.0.0.0 and :: listen everywhere
-		host = "127.0.0.1"
-		if ip.To4() == nil {
-			host = "::1"
-		}
-	}
-	if cfg.tlsCertFile != "" {
-		scheme = "https"
+	addr, err := net.ResolveTCPAddr("tcp", cfg.listenAddr())
+	if err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return askHere(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(cfg.port))+"/health/ready", nil)
+	return askHere(ctx, addr, cfg.tlsCertFile != "", "/health/ready")
 }
 
-// report tells the manager's watchdog that the service lives, as long as it answers
-// GET /health over its own socket: the accepting, a connection, the whole chain.
-// PostgreSQL is not asked, see [health.live]. It ends with ctx: a manager that was
-// told STOPPING=1 expects nothing more, and SHUTDOWN_TIMEOUT ends what is stuck.
-func (h *health) report(ctx context.Context, m manager, addr net.Addr, secure bool, log *slog.Logger) {
-	url := "http://rollcall/health"
-	if secure {
-		url = "https://rollcall/health"
-	}
-	check := func(ctx context.Context) error {
-		return askHere(ctx, url, func(ctx context.Context, _, _ string) (net.Conn, error) { return dialSelf(ctx, addr) })
-	}
-	watch(ctx, m.watchdog, check, func(err error) {
-		if err != nil {
-			log.Error("the service does not answer itself; its watchdog is not told that it lives", "error", err.Error())
-			return
-		}
-		m.tell(log, "WATCHDOG=1")
-	})
-}
-
-// askHere fails unless a URL of this host is answered with 200. A dial that is not
-// nil makes the connection, whatever host the URL names.
-func askHere(ctx context.Context, url string, dial func(ctx context.Context, network, addr string) (net.Conn, error)) error {
-	client := http.Client{
-		Transport: &http.Transport{
-			Proxy:             nil, // the service is on this host
-			DialContext:       dial,
-			DisableKeepAlives: true,
-			// The certificate names the service, not the loopback address. Nothing
-			// secret is sent, and who could answer in its place has this host already.
-			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+// askHere sends a GET to the service that listens on addr, on this host, and fails
+// unless the response is a 200.
+func askHere(ctx context.Context, addr net.Addr, secure bool, path string) error {
+	transport := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			conn, err := d.DialContext(ctx, addr.Network(), addr.String()) // 0.0.0.0 and :: are this host
+			if tcp, ok := addr.(*net.TCPAddr); err != nil && ok && tcp.IP.Equal(net.IPv6unspecified) {
+				// What listens on [::] mostly takes IPv4 too, and the host may have no other.
+				return d.DialContext(ctx, "tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(tcp.Port)))
+			}
+			return conn, err
 		},
+		DisableKeepAlives: true,
+		// The certificate names the service, not the loopback address. Nothing secret is
+		// sent, and whatever could answer in its place is on this host already.
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+	}
+	url := "http://rollcall" + path
+	if secure {
+		url = "https://rollcall" + path
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
 	}
-	resp, err := client.Do(req)
+	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answers %s", url, resp.Status)
+		return fmt.Errorf("%s answers %s", path, resp.Status)
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"regexp"
 	"strings"
 )
 
@@ -66,27 +67,27 @@ func isKeyed(id string) bool { return id[14] == '8' }
 // selectKeyed is for the ids of one caller and key.
 const selectKeyed = "SELECT " + columns + " FROM users WHERE id BETWEEN $1 AND $2"
 
-// madeBefore returns the user that was created with this id, as it is now. It
-// is asked when PostgreSQL has refused a create with an Idempotency-Key: the error
-// is [errKeyReused] if the key is there already, with another body, and refused if
-// it is not.
-func (s *store) madeBefore(ctx context.Context, id string, refused error) (user, error) {
+// createdBefore returns the user that was created with this id, as it is now. It is
+// asked when PostgreSQL has refused a create with an Idempotency-Key: the error is
+// [errKeyReused] if the key is there already, with another body, and refused if it
+// is not.
+func (s *pgStore) createdBefore(ctx context.Context, id string, refused error) (user, error) {
 	half := id[:len("kkkkkkkk-kkkk-8kkk-vkkk-")]
-	u, _, err := s.one(ctx, selectKeyed, half+"000000000000", half+"ffffffffffff")
+	u, err := s.one(ctx, selectKeyed, half+"000000000000", half+"ffffffffffff")
 	switch {
 	case errors.Is(err, errNotFound):
-		return user{}, refused
-	case err != nil:
-		return user{}, err
-	case u.ID != id:
-		return user{}, errKeyReused
+		err = refused
+	case err == nil && u.ID != id:
+		err = errKeyReused
 	}
-	return u, nil
+	return u, err
 }
 
-// maxKeyLength is the length of an Idempotency-Key, in characters, without its
-// quotes and escapes.
-const maxKeyLength = 255
+// keyField matches the field of a key: between quotes (its first group), or bare.
+var keyField = regexp.MustCompile(`^ *(?:"((?:[ !#-\[\]-~]|\\["\\])*)"|([!#-+\--:<-\[\]-~]*)) *$`)
+
+var errBadKey = invalid("Idempotency-Key must be given once, as 1 to 255 printable ASCII characters in quotes, or without quotes " +
+	"if none is a space, quote, backslash, comma or semicolon")
 
 // parseIdempotencyKey returns the key of a request's Idempotency-Key fields,
 // empty if there is none. The draft wants a string of RFC 9651, section 3.3.3:
@@ -97,57 +98,17 @@ const maxKeyLength = 255
 // well, and is the same key. What would then be ambiguous has to be quoted: a
 // quote or a backslash, and the comma and semicolon, which in a structured field
 // end a value. Parameters, which the draft has none of, are refused in both.
-//
-// The error is a failure that says what is wrong.
-func parseIdempotencyKey(fields []string) (key string, err error) {
-	switch len(fields) {
-	case 0:
+func parseIdempotencyKey(fields []string) (string, error) {
+	if len(fields) == 0 {
 		return "", nil
-	case 1:
-	default: // which of them the client would go by, nobody knows
-		return "", badKey("is given twice")
 	}
-	field := strings.Trim(fields[0], " ")
-	if strings.HasPrefix(field, `"`) {
-		key, err = parseQuotedKey(field)
-	} else {
-		key = field
-		if strings.ContainsFunc(key, func(c rune) bool { return c <= ' ' || c > '~' || strings.ContainsRune(`"\,;`, c) }) {
-			err = badKey("without quotes must be visible ASCII other than quotes, backslashes, commas and semicolons")
-		}
+	match := keyField.FindStringSubmatch(fields[0])
+	if match == nil || len(fields) > 1 {
+		return "", errBadKey
 	}
-	if err == nil && (key == "" || len(key) > maxKeyLength) {
-		err = badKey("must have 1 to 255 characters")
-	}
-	if err != nil {
-		return "", err
+	key := strings.NewReplacer(`\"`, `"`, `\\`, `\`).Replace(match[1]) + match[2]
+	if key == "" || len(key) > 255 {
+		return "", errBadKey
 	}
 	return key, nil
 }
-
-// parseQuotedKey returns what is between the quotes of a string (RFC 9651,
-// section 4.2.5). The field begins with a quote.
-func parseQuotedKey(field string) (string, error) {
-	var key []byte
-	for i := 1; i < len(field); i++ {
-		c := field[i]
-		switch {
-		case c == '"' && i == len(field)-1:
-			return string(key), nil
-		case c == '"':
-			return "", badKey("must end with its closing quote")
-		case c == '\\':
-			i++
-			if i == len(field) || field[i] != '"' && field[i] != '\\' {
-				return "", badKey(`has a backslash that is not before " or \`)
-			}
-			c = field[i]
-		case c < ' ' || c > '~':
-			return "", badKey("must be printable ASCII")
-		}
-		key = append(key, c)
-	}
-	return "", badKey("has no closing quote")
-}
-
-func badKey(what string) error { return invalid("Idempotency-Key " + what) }

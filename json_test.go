@@ -98,7 +98,7 @@ func TestWalkObjectNeedsAnObject(t *testing.T) {
 	}
 }
 
-func TestWalkUniqueObject(t *testing.T) {
+func TestUniqueMembers(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
 		text string
@@ -113,7 +113,7 @@ func TestWalkUniqueObject(t *testing.T) {
 		{`{"a":1,"b":1,"\u0061":2}`, false},
 	}
 	for _, tt := range tests {
-		err := walkUniqueObject([]byte(tt.text), func(string, []byte) error { return nil })
+		_, err := uniqueMembers([]byte(tt.text))
 		if (err == nil) != tt.ok {
 			t.Errorf("%s: error %v; want one: %t", tt.text, err, !tt.ok)
 		}
@@ -203,12 +203,9 @@ func TestMalformedJSON(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			got, err := members(tt.text)
-			var malformed *jsonError
-			if !errors.As(err, &malformed) {
-				t.Fatalf("%.80q, error %v; want a *jsonError", got, err)
-			}
-			if malformed.offset != tt.offset || !strings.Contains(malformed.reason, tt.reason) {
-				t.Errorf("at byte %d: %s; want %d: %s", malformed.offset, malformed.reason, tt.offset, tt.reason)
+			want := fmt.Sprintf("Malformed JSON at byte %d: ", tt.offset)
+			if err == nil || !strings.HasPrefix(err.Error(), want) || !strings.Contains(err.Error(), tt.reason) {
+				t.Fatalf("%.80q, error %v; want %s%s", got, err, want, tt.reason)
 			}
 			if got != nil {
 				t.Errorf("members %q were found before the error", got)
@@ -293,7 +290,7 @@ func TestAppendJSONStringOfEveryCharacter(t *testing.T) {
 
 // bodyHandler answers with the length of the body that readJSON returns.
 func bodyHandler(w http.ResponseWriter, r *http.Request) error {
-	body, err := readJSON(w, r)
+	body, err := readJSON(r)
 	if err != nil {
 		return err
 	}
@@ -345,7 +342,7 @@ func TestReadJSONMediaType(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", strings.NewReader("{}"))
 			r.Header["Content-Type"] = tt.contentType
 			w := httptest.NewRecorder()
-			handlerFunc(bodyHandler).ServeHTTP(w, r)
+			underObserve(handlerFunc(bodyHandler)).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}
@@ -380,7 +377,7 @@ func TestReadJSONContentEncoding(t *testing.T) {
 			r.Header.Set("Content-Type", "application/json")
 			r.Header["Content-Encoding"] = tt.coding
 			w := httptest.NewRecorder()
-			handlerFunc(bodyHandler).ServeHTTP(w, r)
+			underObserve(handlerFunc(bodyHandler)).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}
@@ -421,7 +418,7 @@ func TestReadJSONBody(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", tt.body)
 			r.Header.Set("Content-Type", "application/json")
 			w := httptest.NewRecorder()
-			limitBody(64, handlerFunc(bodyHandler)).ServeHTTP(w, r)
+			underObserve(readBody(64, allPosts, handlerFunc(bodyHandler))).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}
@@ -510,10 +507,10 @@ func TestBodyDeadlineEndsWithTheBody(t *testing.T) {
 	t.Parallel()
 	const limit = 50 * time.Millisecond
 	checkLeaks(t)
-	server := httptest.NewServer(handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+	server := httptest.NewServer(underObserve(handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
 		ctx, cancel := context.WithTimeout(r.Context(), limit)
 		defer cancel()
-		if _, err := readJSON(w, r.WithContext(ctx)); err != nil {
+		if _, err := readAll(w, r.WithContext(ctx), 2); err != nil {
 			return err
 		}
 		<-ctx.Done()
@@ -524,7 +521,7 @@ func TestBodyDeadlineEndsWithTheBody(t *testing.T) {
 			w.WriteHeader(http.StatusOK)
 			return nil
 		}
-	}))
+	})))
 	defer server.Close()
 	s := &service{t: t, url: server.URL}
 	if a := s.call("POST", "/", "{}"); a.status != 200 {
@@ -561,9 +558,10 @@ func FuzzJSONBody(f *testing.F) {
 		})
 		valid := json.Valid(text) && utf8.Valid(text) && !hasLoneSurrogate(text)
 		if err != nil && err != errNotObject {
-			var malformed *jsonError
-			if !errors.As(err, &malformed) || malformed.offset < 0 || malformed.offset > int64(len(text)) || malformed.reason == "" {
-				t.Fatalf("a strange error: %#v", err)
+			var offset int
+			var reason string
+			if n, _ := fmt.Sscanf(err.Error(), "Malformed JSON at byte %d: %s", &offset, &reason); n < 2 || offset < 0 || offset > len(text) {
+				t.Fatalf("a strange error: %v", err)
 			}
 			if valid || got != nil {
 				t.Fatalf("%v; but it is valid: %t, and had %q", err, valid, got)

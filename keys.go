@@ -259,13 +259,17 @@ func (o *octets) UnmarshalText(text []byte) (err error) {
 // readFields reads the members of a JSON object into the fields of their names, which
 // are exact. One that is null counts as absent: some libraries write all they know of.
 func readFields(data []byte, fields map[string]any) error {
-	return walkUniqueObject(data, func(name string, value []byte) error {
+	members, err := uniqueMembers(data)
+	if err != nil {
+		return err
+	}
+	for name, value := range members {
 		if fields[name] == nil || string(value) == "null" {
-			return nil
+			continue
 		}
 		if err := json.Unmarshal(value, fields[name]); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		return nil
-	})
+	}
+	return nil
 }

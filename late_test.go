@@ -1,3 +1,5 @@
+//go:build !plain
+
 package main
 
 import (
@@ -51,7 +53,7 @@ func TestLateStatement(t *testing.T) {
 			arrive := holdBack(t, filepath.Join(dir, ".s.PGSQL.5432"), "arrives late")
 			s := startService(t, testEnv(databaseURL+" host="+dir))
 			s.waitReady()
-			path := newUser(s, "a@example.com").header.Get("Location")
+			path := createUser(s, "a@example.com").header.Get("Location")
 			want := test.send(s, path)
 			arrive()
 			if got := s.call("GET", path, ""); got.body != want.body || got.header.Get("ETag") != want.header.Get("ETag") {

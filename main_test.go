@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -128,7 +129,7 @@ func TestExitCodes(t *testing.T) {
 		{"token that never lived", "token -sub a -ttl -1h", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `-ttl must be`},
 		{"token with a stray word", "token -sub a b", map[string]string{"JWT_SECRET": secret}, 2, `^$`, `"b" is no flag`},
 		{"healthcheck of nothing", "healthcheck", testEnv("dbname=x", "PORT=1"), 1, `^$`, `refused`},
-		{"healthcheck with nothing else configured", "healthcheck", map[string]string{"PORT": "1"}, 1, `^$`, `127.0.0.1:1.*refused`},
+		{"healthcheck with nothing else configured", "healthcheck", map[string]string{"PORT": "1"}, 1, `^$`, `0.0.0.0:1: .*refused`},
 		{"-dev with a mistake", "-dev", map[string]string{"PORT": "x"}, 2, `^$`, `^rollcall: PORT: "x"[^\n]*\n$`},
 		{"healthcheck of any port", "healthcheck", testEnv("dbname=x"), 2, `^$`, `PORT=0`},
 	} {
@@ -182,7 +183,7 @@ func TestBrokenDotenv(t *testing.T) {
 		"token":           {2, `-sub is missing`},
 		"-x":              {2, `-x`},
 		"serve":           {2, `no command "serve"`},
-		"healthcheck":     {1, `127.0.0.1:1/.*refused`},
+		"healthcheck":     {1, `0.0.0.0:1: .*refused`},
 		"healthcheck two": {2, `healthcheck takes no arguments`},
 	} {
 		t.Run(args, func(t *testing.T) {
@@ -307,7 +308,7 @@ func processWithRequest(t *testing.T, env ...string) (p *process, unlock func(),
 	p = startProcess(t, t.TempDir(), testEnv(databaseURL, env...))
 	p.waitReady()
 	s := &service{t: t, url: p.url}
-	path := newUser(s, "a@example.com").header.Get("Location")
+	path := createUser(s, "a@example.com").header.Get("Location")
 	tx, err := db.Begin()
 	if err != nil {
 		t.Fatal(err)
@@ -352,10 +353,10 @@ func TestHealthcheck(t *testing.T) {
 			t.Errorf("HOST=%s: %v", host, err)
 		}
 	}
-	h := &health{store: new(store)}
-	h.draining.Store(true)
-	var f *failure
-	if err := h.ready(nil, nil); !errors.As(err, &f) || f.kind != kindUnavailable || f.message != "The service is stopping" {
+	var draining atomic.Bool
+	draining.Store(true)
+	h := newHealth(nil, &draining)
+	if err := h.ready(nil, nil); err == nil || asAPIError(err).kind != kindUnavailable || err.Error() != "The service is stopping" {
 		t.Errorf("readiness while draining: %v", err)
 	}
 }
@@ -469,7 +470,7 @@ func TestDevWithoutLibpq(t *testing.T) {
 	maps.Copy(env, libpqVariables)
 	p := startProcess(t, t.TempDir(), env, "-dev")
 	p.waitReady()
-	newUser(&service{t: t, url: p.url}, "a@example.com")
+	createUser(&service{t: t, url: p.url}, "a@example.com")
 	p.cmd.Process.Signal(os.Interrupt)
 	if code := p.exit(); code != 0 {
 		t.Errorf("exit code %d", code)
@@ -483,7 +484,7 @@ func TestDevWithDatabase(t *testing.T) {
 	dir := t.TempDir()
 	p := startProcess(t, dir, map[string]string{"PORT": "0", "DATABASE_URL": databaseURL, "AUTH": "off"}, "-dev")
 	p.waitReady()
-	newUser(&service{t: t, url: p.url}, "a@example.com")
+	createUser(&service{t: t, url: p.url}, "a@example.com")
 	if _, err := os.Stat(dir + "/.dev/data"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a private PostgreSQL was made all the same: %v", err)
 	}

@@ -1,41 +1,38 @@
 package main
 
 import (
-	"cmp"
-	"context"
+	"bytes"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"path"
 	"runtime/debug"
 	"slices"
-	"sync/atomic"
-	"time"
+	"strings"
 )
 
 // What wraps every request. Each layer is a plain http.Handler around the next
 // one; newHandler in main.go puts them in this order, outermost first:
 //
-//	observe        first, so that every answer has an id and a line in the log
-//	recoverPanics  inside observe, which logs the 500; around all that may panic
-//	sayGoodbye     around all others, since any answer may be the last of a connection
+//	observe        first, so that every response has an id, a deadline and a line in the log
+//	recoverPanics  inside observe, which sends and logs the 500; around all that may panic
 //	cors           outside auth and mux, or a preflight would be a 401 or a 405
 //
-// then, for the API alone, since health must answer whatever happens:
+// then, for the API alone, since health must respond whatever happens:
 //
 //	requireAuth    before all else, so that a stranger learns and occupies nothing
-//	whenStarted    before more is spent on a request that can't be served
-//	limitInFlight  as early: refusing has to stay cheap when there is too much
-//	deadline       once a request is let in, its time runs
-//	limitBody      just around those who read it
-//	compress       sees the answers of the handlers alone
+//	requireReady   before more is spent on a request that can't be served
+//	readBody       a client that sends slowly occupies nothing but its connection
+//	limitInFlight  behind readBody, so that only work of the service counts
+//	compress       sees the responses of the handlers alone
 //
 // and around each mux:
 //
 //	exactPath      before the mux, which would redirect what this refuses
 
-// Values of fields that nearly every answer has, in the form in which Header
-// holds them: to share them spares each answer a few allocations. The names
+// Values of fields that nearly every response has, in the form in which Header
+// holds them: to share them spares each response a few allocations. The names
 // that they are stored under have to be in canonical form.
 var (
 	nosniff  = []string{"nosniff"}
@@ -47,9 +44,7 @@ var (
 	noCache  = []string{"private, no-cache"} // a browser may keep it, and has to ask each time
 )
 
-// recoverPanics turns a panic into a 500, its stack into the log. If a part of
-// the answer is out already, the connection is cut, so that the caller does
-// not take the part for the whole.
+// recoverPanics turns a panic into a 500, its stack into the log.
 func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
@@ -57,27 +52,13 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 			if v == nil {
 				return
 			}
-			x := exchangeOf(w)
-			err := fmt.Errorf("panic: %v", v)
-			x.cause = cmp.Or(x.cause, err) // why the response is cut off, if it is
-			if v == http.ErrAbortHandler { // somebody wants just that
+			if v == http.ErrAbortHandler { // the handler wants the connection to end
 				panic(v)
 			}
-			log.Error("panic", "value", fmt.Sprint(v), "request_id", x.id, "stack", string(debug.Stack()))
-			if x.status != 0 {
-				panic(http.ErrAbortHandler)
-			}
-			writeError(w, r, err)
+			log.Error("panic", "value", fmt.Sprint(v), "request_id", infoFrom(r.Context()).id, "stack", string(debug.Stack()))
+			w.(*responseRecorder).reset()
+			writeError(w, r, fmt.Errorf("panic: %v", v))
 		}()
-		next.ServeHTTP(w, r)
-	})
-}
-
-// sayGoodbye has the answers end their connections once the service is draining:
-// drain.go says why.
-func sayGoodbye(draining *atomic.Bool, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		exchangeOf(w).draining = draining
 		next.ServeHTTP(w, r)
 	})
 }
@@ -140,83 +121,49 @@ func exactPath(next http.Handler) http.Handler {
 	})
 }
 
-// whenStarted refuses requests until the store is ready to serve them.
-func whenStarted(s *store, next http.Handler) http.Handler {
+// requireReady refuses requests until the service has started.
+func requireReady(h *health, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !s.started.Load() {
-			writeError(w, r, &failure{kind: kindUnavailable, message: "The service is starting"})
+		if !h.isStarted() {
+			writeError(w, r, &apiError{kind: kindUnavailable, message: "The service is starting"})
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// limitInFlight refuses the requests beyond most at a time. To refuse at once
-// is kinder than a queue in which all wait until nobody can be served in time.
-//
-// A request is in flight while the service works for it, and not while its
-// caller sends or reads: else a few slow callers would lock out all others. So
-// the methods that come with a body enter when [readJSON] has read it, and do
-// nothing before that; all leave with the first byte of the answer.
-func limitInFlight(most int, next http.Handler) http.Handler {
-	places := make(chan struct{}, most)
+// readBody reads the body of a request, of max bytes at most, before the next
+// layer sees the request. A method that has no use for a body, or that routes has
+// no handler for, leaves it to [observe].
+func readBody(max int64, routes *http.ServeMux, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := exchangeOf(w)
-		x.places = places
-		defer x.leave()
 		switch r.Method {
 		case http.MethodPost, http.MethodPut, http.MethodPatch:
-		default:
-			if err := x.enter(); err != nil {
+			if _, route := routes.Handler(r); !strings.HasPrefix(route, r.Method) {
+				break
+			}
+			body, err := readAll(w, r, max)
+			if err != nil {
 				writeError(w, r, err)
 				return
 			}
+			r.Body = io.NopCloser(bytes.NewReader(body))
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// deadline limits how long a request may take, down to its SQL: what is still
-// running then is cancelled, and the answer is 503.
-func deadline(limit time.Duration, next http.Handler) http.Handler {
+// limitInFlight refuses the requests beyond max at a time. To refuse at once is
+// kinder than a queue in which all wait until none can be served in time.
+func limitInFlight(max int, next http.Handler) http.Handler {
+	inFlight := make(chan struct{}, max) // a semaphore: send to acquire, receive to release
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), limit)
-		defer cancel()
-		defer whileThere(w, r, cancel)()
-		next.ServeHTTP(w, r.WithContext(ctx))
-	})
-}
-
-func bodyTooLarge(most int64) *failure {
-	return &failure{kind: kindTooLarge, message: fmt.Sprintf("The body is larger than %d bytes", most)}
-}
-
-// limitBody refuses bodies of more than most bytes: at once if they announce
-// it, else when they are read. All that are large share a [budget].
-func limitBody(most int64, next http.Handler) http.Handler {
-	reading := newBudget(budgetBytes)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength > most { // before the caller, who may be waiting for a 100, sends it
-			writeError(w, r, bodyTooLarge(most))
-			return
-		}
-		if r.Body == http.NoBody {
+		select {
+		case inFlight <- struct{}{}:
+			defer func() { <-inFlight }()
 			next.ServeHTTP(w, r)
-			return
+		default:
+			writeError(w, r, &apiError{kind: kindUnavailable, message: "Too many requests are being served"})
 		}
-		r.Body = http.MaxBytesReader(w, r.Body, most)
-		if bytes := r.ContentLength; bytes > smallBytes || bytes < 0 {
-			if bytes < 0 { // unknown: it is sent in chunks
-				bytes = most
-			}
-			body := &countedBody{ReadCloser: r.Body, bytes: bytes, budget: reading, control: http.NewResponseController(w)}
-			r.Body = body
-			defer func() {
-				if body.giveBack != nil {
-					body.giveBack()
-				}
-			}()
-		}
-		next.ServeHTTP(w, r)
 	})
 }

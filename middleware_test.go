@@ -14,20 +14,21 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode"
 )
 
-// A rawConn is a connection on which a test may say what no client would.
-type rawConn struct {
+// A wireConn is a connection on which a test may say what no client would.
+type wireConn struct {
 	t testing.TB
 	net.Conn
 	reader *bufio.Reader
 }
 
 // dialRaw connects to the service until the test ends.
-func dialRaw(t testing.TB, s *service) *rawConn {
+func dialRaw(t testing.TB, s *service) *wireConn {
 	t.Helper()
 	checkLeaks(t)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
@@ -35,10 +36,10 @@ func dialRaw(t testing.TB, s *service) *rawConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return &rawConn{t: t, Conn: conn}
+	return &wireConn{t: t, Conn: conn}
 }
 
-func (c *rawConn) send(text string) {
+func (c *wireConn) send(text string) {
 	c.t.Helper()
 	if _, err := io.WriteString(c, text); err != nil {
 		c.t.Fatal(err)
@@ -47,7 +48,7 @@ func (c *rawConn) send(text string) {
 
 // answer reads an answer, be it one of the 1xx. It waits for less time than
 // the service has patience with a body, so that no answer comes by giving up.
-func (c *rawConn) answer() answer {
+func (c *wireConn) answer() answer {
 	c.t.Helper()
 	if c.reader == nil {
 		c.reader = bufio.NewReader(c)
@@ -65,7 +66,7 @@ func (c *rawConn) answer() answer {
 }
 
 // answerTo sends a request as it is and reads the answer.
-func (c *rawConn) answerTo(request string) answer {
+func (c *wireConn) answerTo(request string) answer {
 	c.t.Helper()
 	c.send(request)
 	return c.answer()
@@ -97,9 +98,9 @@ func withID(id string) func(map[string]any) bool {
 	return func(line map[string]any) bool { return line["request_id"] == id }
 }
 
-// newOffline returns the whole service, as newHandler makes it, without a
-// database to talk to. What its log says is in the second result.
-func newOffline(t testing.TB, env ...string) (*service, *store, *health) {
+// newOffline returns the whole service, as newHandler makes it, without a database
+// to talk to, and without a store: any look into the table panics.
+func newOffline(t testing.TB, env ...string) (*service, *health) {
 	t.Helper()
 	vars := testEnv("host=127.0.0.1 port=1 user=nobody dbname=none sslmode=disable", env...)
 	cfg, err := loadConfig(func(name string) string { return vars[name] }, false)
@@ -108,15 +109,11 @@ func newOffline(t testing.TB, env ...string) (*service, *store, *health) {
 	}
 	buffer := new(syncBuffer)
 	log := newLogger(cfg, buffer)
-	s := openStore(cfg, log)
-	h := &health{store: s}
+	h := newHealth(func(context.Context) error { return errors.New("there is no database") }, new(atomic.Bool))
 	checkLeaks(t)
-	server := httptest.NewServer(newHandler(cfg, s, h, log))
-	t.Cleanup(func() {
-		server.Close()
-		s.close()
-	})
-	return &service{t: t, url: server.URL, log: buffer}, s, h
+	server := httptest.NewServer(newHandler(cfg, nil, h, log))
+	t.Cleanup(server.Close)
+	return &service{t: t, url: server.URL, log: buffer}, h
 }
 
 const middlewareSecret = "a secret for middleware_test, of 32 bytes or more"
@@ -134,7 +131,7 @@ const exposedFields = "ETag, Link, Location, RateLimit, RateLimit-Policy, Retry-
 
 func TestOrderPreflightNeedsNoToken(t *testing.T) {
 	t.Parallel()
-	s, _, _ := newOffline(t, withAuth...) // not even started
+	s, _ := newOffline(t, withAuth...) // not even started
 	for _, path := range []string{"/api/v1/users", "/api/v1/users/1", "/api/nothing", "/health", "/nothing"} {
 		a := s.call("OPTIONS", path, "", "Origin: https://app.example", "Access-Control-Request-Method: PUT",
 			"Access-Control-Request-Headers: authorization,baggage,content-type,sentry-trace,tracestate,x-requested-with")
@@ -211,8 +208,8 @@ func TestOrderOutermostLayers(t *testing.T) {
 
 func TestOrderPanicIsALogged500(t *testing.T) {
 	t.Parallel()
-	s, store, _ := newOffline(t)
-	store.started.Store(true) // without a statement prepared: any look into the table panics
+	s, h := newOffline(t)
+	close(h.started)
 	a := s.call("GET", "/api/v1/users", "", "Origin: https://app.example", "X-Request-Id: panic-1")
 	if want := `{"error":{"message":"Internal error","code":500}}`; a.status != 500 || a.body != want {
 		t.Errorf("%d %s; want 500 %s", a.status, a.body, want)
@@ -232,7 +229,7 @@ func TestOrderPanicIsALogged500(t *testing.T) {
 
 func TestOrderNotStarted(t *testing.T) {
 	t.Parallel()
-	s, store, h := newOffline(t, withAuth...)
+	s, h := newOffline(t, withAuth...)
 	const starting, stopping = "The service is starting", "The service is stopping"
 	expect := func(path string, status int, message string, fields ...string) {
 		t.Helper()
@@ -251,7 +248,7 @@ func TestOrderNotStarted(t *testing.T) {
 	expect("/api/nothing", 503, starting, bearer("alice"))
 	expect("/nothing", 404, "Resource not found")
 
-	store.started.Store(true)
+	close(h.started)
 	expect("/health", 200, "OK")
 	expect("/health/ready", 503, "PostgreSQL does not answer")
 	expect("/api/v1/users", 401, "Missing bearer token")
@@ -550,16 +547,16 @@ func TestRecoverPanics(t *testing.T) {
 		{"what can't be compared", nil, []string{"boom"}, false, 500, true, `{"error":{"message":"Internal error","code":500}}`},
 		{"a failure", nil, errNotFound, false, 500, true, `{"error":{"message":"Internal error","code":500}}`},
 		{"an abort", nil, http.ErrAbortHandler, true, 0, false, ""},
-		{"with a part of the answer out", part, "boom", true, 200, true, "a part"},
-		{"with the status out", func(w http.ResponseWriter) { w.WriteHeader(204) }, "boom", true, 204, true, ""},
-		{"an abort with a part out", part, http.ErrAbortHandler, true, 200, false, "a part"},
+		{"behind a part of the response", part, "boom", false, 500, true, `{"error":{"message":"Internal error","code":500}}`},
+		{"behind the status", func(w http.ResponseWriter) { w.WriteHeader(204) }, "boom", false, 500, true, `{"error":{"message":"Internal error","code":500}}`},
+		{"an abort behind a part", part, http.ErrAbortHandler, true, 200, false, ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			buffer := new(syncBuffer)
 			log := slog.New(slog.NewJSONHandler(buffer, nil))
-			h := observe(log, recoverPanics(log, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			h := observe(log, new(atomic.Bool), patience, recoverPanics(log, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("ETag", `"1"`)
 				w.Header().Set("Location", "/here")
 				if tt.before != nil {
@@ -575,14 +572,14 @@ func TestRecoverPanics(t *testing.T) {
 				t.Errorf("goes on as %v; want the abort: %t", v, tt.again)
 			}
 			s := &service{t: t, log: buffer}
-			line, level := findLine(t, s, withID("panic-2")), "ERROR"
-			if tt.status != 0 && tt.status < 500 { // it has been sent, but is no success
-				level = "WARN"
+			line, level, cause := findLine(t, s, withID("panic-2")), "ERROR", "panic: "
+			if tt.again { // nothing is sent, whatever it was to be
+				level, cause = "WARN", http.ErrAbortHandler.Error()
 			}
-			if line["status"] != float64(tt.status) || line["level"] != level || !strings.HasPrefix(fmt.Sprint(line["error"]), "panic: ") {
-				t.Errorf("logged %v; want status %d at %s, and the panic", line, tt.status, level)
+			if line["status"] != float64(tt.status) || line["level"] != level || !strings.HasPrefix(fmt.Sprint(line["error"]), cause) {
+				t.Errorf("logged %v; want status %d at %s, and %s", line, tt.status, level, cause)
 			}
-			if tt.status != 0 && w.Code != tt.status || w.Body.String() != tt.lasting {
+			if !tt.again && w.Code != tt.status || w.Body.String() != tt.lasting {
 				t.Errorf("%d %q; want %d %q", w.Code, w.Body, tt.status, tt.lasting)
 			}
 			if tt.status == 500 && (w.Header().Get("ETag") != "" || w.Header().Get("Location") != "") {
@@ -713,41 +710,16 @@ func TestBrokenResponseIsLogged(t *testing.T) {
 	}
 }
 
-// The 1xx are no answer yet: an error after them can still be told.
-func TestPanicAfterEarlyHints(t *testing.T) {
-	t.Parallel()
-	buffer := new(syncBuffer)
-	log := slog.New(slog.NewJSONHandler(buffer, nil))
-	checkLeaks(t)
-	server := httptest.NewServer(observe(log, recoverPanics(log, compress(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.WriteHeader(http.StatusEarlyHints)
-		panic("boom")
-	})))))
-	defer server.Close()
-	s := &service{t: t, url: server.URL, log: buffer}
-	conn := dialRaw(t, s)
-	if a := conn.answerTo("GET / HTTP/1.1\r\nHost: rollcall\r\nX-Request-Id: hints-1\r\n\r\n"); a.status != 103 {
-		t.Fatalf("%d %s; want 103", a.status, a.body)
-	}
-	a := conn.answer()
-	if want := `{"error":{"message":"Internal error","code":500}}`; a.status != 500 || a.body != want {
-		t.Errorf("%d %s; want 500 %s", a.status, a.body, want)
-	}
-	if line := findLine(t, s, withID("hints-1")); line["status"] != 500.0 || line["bytes"] != float64(len(a.body)) {
-		t.Errorf("logged %v; want status 500, %d bytes", line, len(a.body))
-	}
-}
-
 // http.ResponseController reaches the server's own writer through all layers.
 func TestLayersUnwrap(t *testing.T) {
 	t.Parallel()
 	log := slog.New(slog.DiscardHandler)
 	failed := make(chan error, 1)
-	h := observe(log, recoverPanics(log, cors(nil, limitInFlight(1, deadline(patience, limitBody(1, compress(http.HandlerFunc(
+	h := underObserve(recoverPanics(log, cors(nil, readBody(1, allPosts, limitInFlight(1, compress(http.HandlerFunc(
 		func(w http.ResponseWriter, r *http.Request) {
 			control := http.NewResponseController(w)
-			failed <- errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{}), control.Flush())
-		}))))))))
+			failed <- errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{}))
+		})))))))
 	checkLeaks(t)
 	server := httptest.NewServer(h)
 	defer server.Close()
@@ -770,7 +742,7 @@ func TestExactPath(t *testing.T) {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.URL.Path = tt.path
 		w := httptest.NewRecorder()
-		exactPath(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(w, r)
+		underObserve(exactPath(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))).ServeHTTP(w, r)
 		if w.Code != tt.want {
 			t.Errorf("%q: %d; want %d", tt.path, w.Code, tt.want)
 		}
@@ -782,7 +754,7 @@ func TestLimitInFlight(t *testing.T) {
 	t.Parallel()
 	const most = 3
 	entered, leave := make(chan struct{}), make(chan struct{})
-	h := limitInFlight(most, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	h := underObserve(limitInFlight(most, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/wait":
 			entered <- struct{}{}
@@ -790,7 +762,7 @@ func TestLimitInFlight(t *testing.T) {
 		case "/panic":
 			panic("boom")
 		}
-	}))
+	})))
 	status := func(path string) int {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, httptest.NewRequest("GET", path, nil))
@@ -827,7 +799,7 @@ func TestDeadline(t *testing.T) {
 	before := time.Now()
 	var until time.Time
 	var ended context.Context
-	h := deadline(time.Minute, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+	h := observe(slog.New(slog.DiscardHandler), new(atomic.Bool), time.Minute, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		until, _ = r.Context().Deadline()
 		ended = r.Context()
 	}))
@@ -840,8 +812,7 @@ func TestDeadline(t *testing.T) {
 	}
 }
 
-// The deadline reaches the SQL: a statement that waits for a lock is given up,
-// and its caller is told that nobody knows what became of it.
+// The deadline reaches the SQL: a statement that waits for a lock is given up.
 func TestDeadlineReachesTheSQL(t *testing.T) {
 	t.Parallel()
 	s := newService(t, "REQUEST_TIMEOUT=200ms")
@@ -853,9 +824,6 @@ func TestDeadlineReachesTheSQL(t *testing.T) {
 			t.Errorf("%d %s, Retry-After %q", a.status, a.body, a.header.Get("Retry-After"))
 		}
 	}
-	if !strings.Contains(write.body, "may have been made") || strings.Contains(read.body, "may have been made") {
-		t.Errorf("only the write is unsure: %s, %s", read.body, write.body)
-	}
 	waitFor(t, "the statements to end", func() bool {
 		var running int
 		err := s.db.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() " +
@@ -865,38 +833,91 @@ func TestDeadlineReachesTheSQL(t *testing.T) {
 	})
 }
 
-// A refusal does not wait for a body that nobody will read.
-func TestRefusalsDoNotWaitForTheBody(t *testing.T) {
+// No response waits for a body that nobody reads, and its connection ends with it.
+func TestUnreadBodies(t *testing.T) {
 	t.Parallel()
-	s := newService(t, append(withAuth, "REQUEST_TIMEOUT=1h")...)
-	for _, tt := range []struct{ name, request, want string }{
-		{"no token", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n", "401"},
-		{"no route", "POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n", "404"},
-		{"no method", "PUT /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", "405"},
-		{"no type", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\n" + bearer("a") + "\r\nContent-Length: 10\r\n\r\n", "415"},
-		{"too large, and asking first", "POST /api/v1/users HTTP/1.1\r\nHost: x\r\n" + bearer("a") + "\r\nContent-Type: application/json\r\n" +
-			"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n", "413"},
-		{"not a path", "GET * HTTP/1.1\r\nHost: x\r\n\r\n", "404"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-			if err != nil {
-				t.Fatal(err)
+	forEachTransport(t, func(t *testing.T, s *service, dial func(*testing.T) net.Conn) {
+		token := bearer("a")
+		for _, tt := range []struct{ method, path, fields, want string }{
+			{"GET", usersPath, token, "200"},
+			{"HEAD", usersPath, token, "200"},
+			{"DELETE", usersPath + "/" + noSuchID, token, "404"},
+			{"OPTIONS", usersPath, token, "204"},
+			{"OPTIONS", usersPath, "Origin: http://x\r\nAccess-Control-Request-Method: GET", "204"},
+			{"GET", "/health", "X: x", "200"},
+			{"HEAD", "/health", "X: x", "200"},
+			{"GET", "/health/ready", "X: x", "200"},
+			{"OPTIONS", "*", "X: x", "204"},
+			{"GET", "/nothing", "X: x", "404"},
+			{"POST", "/nothing", "X: x", "404"},
+			{"PUT", "/health", "X: x", "405"},
+			{"POST", usersPath, "Content-Type: application/json", "401"},
+			{"POST", usersPath, token, "415"},
+			{"POST", "/api/nothing", token, "404"},
+			{"PUT", usersPath, token, "405"},
+			{"POST", usersPath + "/" + noSuchID, token, "405"},
+			{"BREW", usersPath, token, "405"},
+		} {
+			for _, framing := range []string{"1.1\r\nContent-Length: 10", "1.0\r\nContent-Length: 10", "1.1\r\nTransfer-Encoding: chunked",
+				"1.1\r\nContent-Length: 10\r\nExpect: 100-continue", "1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue"} {
+				conn := dial(t)
+				conn.SetDeadline(time.Now().Add(patience))
+				request := fmt.Sprintf("%s %s HTTP/%s\r\nHost: x\r\n%s\r\n\r\n", tt.method, tt.path, framing, tt.fields)
+				io.WriteString(conn, request)
+				resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: tt.method})
+				if err != nil || !strings.HasPrefix(resp.Status, tt.want) || !resp.Close {
+					t.Errorf("%q: %v, %v; want %s, and the connection to end", request, resp, err, tt.want)
+				}
+				conn.Close()
 			}
-			defer c.Close()
-			c.SetDeadline(time.Now().Add(patience))
-			if _, err := io.WriteString(c, tt.request); err != nil {
-				t.Fatal(err)
+		}
+	})
+}
+
+// A client that sends its whole body before it reads gets the response, though
+// nobody wants the body.
+func TestUnreadBodyIsStillComing(t *testing.T) {
+	t.Parallel()
+	forEachTransport(t, func(t *testing.T, s *service, dial func(*testing.T) net.Conn) {
+		for i, tt := range []struct{ request, fields, want string }{
+			{"POST " + usersPath, "Content-Type: application/json", "401"},
+			{"POST /api/nothing", bearer("a"), "404"},
+			{"PUT " + usersPath, bearer("a"), "405"},
+			{"POST " + usersPath, "Content-Type: application/json\r\n" + bearer("a"), "413"},
+			{"POST " + usersPath, bearer("a"), "415"},
+			{"GET " + usersPath, bearer("a"), "200"},
+			{"HEAD /health", "X: x", "200"},
+		} {
+			for _, framing := range []string{"1.0\r\n", "1.1\r\n", "1.1\r\nConnection: close\r\n", "1.1\r\nExpect: 100-continue\r\n"} {
+				conn := dial(t)
+				id := fmt.Sprint(i, framing[:3], len(framing))
+				request := fmt.Sprintf("%s HTTP/%sHost: x\r\nX-Request-Id: %s\r\n%s\r\nContent-Length: 300000\r\n\r\n", tt.request, framing, id, tt.fields)
+				io.WriteString(conn, request)
+				findLine(t, s, withID(id)) // the response is out
+				if _, err := conn.Write(make([]byte, 300_000)); err != nil {
+					t.Errorf("%q: %v", request, err)
+				}
+				if got := readToEnd(t, conn); len(got) < 12 || got[9:12] != tt.want {
+					t.Errorf("%q: %q; want %s", request, got, tt.want)
+				}
 			}
-			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-			if err != nil {
-				t.Fatal(err)
+		}
+	})
+}
+
+// forEachTransport runs a test against a service with tokens, without and with TLS.
+func forEachTransport(t *testing.T, test func(t *testing.T, s *service, dial func(*testing.T) net.Conn)) {
+	for _, protocol := range []string{"plain", "TLS"} {
+		t.Run(protocol, func(t *testing.T) {
+			env := append(withAuth, "REQUEST_TIMEOUT=1h")
+			if protocol == "plain" {
+				s := newNamedService(t, env...)
+				test(t, s, func(t *testing.T) net.Conn { return dialRaw(t, s) })
+				return
 			}
-			body, _ := io.ReadAll(resp.Body)
-			if !strings.HasPrefix(resp.Status, tt.want) || !strings.HasPrefix(string(body), `{"error":`) {
-				t.Errorf("%s %s; want %s", resp.Status, body, tt.want)
-			}
+			certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
+			s := newNamedService(t, append(env, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile)...)
+			test(t, s, func(t *testing.T) net.Conn { return dialTLS(t, s, "http/1.1") })
 		})
 	}
 }

@@ -6,11 +6,12 @@ import (
 	"crypto/sha256"
 	"database/sql"
 	_ "embed"
-	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -49,32 +50,22 @@ var migrationLine = regexp.MustCompile(`(?m)^-- migration (\d+): (.+)\n`)
 
 // parseMigrations splits the text of schema.sql at its "-- migration N: title"
 // lines, which must number from 1 without a gap.
-func parseMigrations(schema string) ([]migration, error) {
-	lines := migrationLine.FindAllStringSubmatchIndex(schema, -1)
+func parseMigrations(schema string) (migrations []migration, err error) {
+	lines := migrationLine.FindAllStringSubmatch(schema, -1)
 	if len(lines) == 0 {
 		return nil, errors.New("schema.sql: no line \"-- migration 1: title\"")
 	}
-	var migrations []migration
-	for i, at := range lines {
-		end := len(schema)
-		if i+1 < len(lines) {
-			end = lines[i+1][0]
+	for i, text := range migrationLine.Split(schema, -1)[1:] {
+		number, title := lines[i][1], lines[i][2]
+		if number != strconv.Itoa(i+1) {
+			return nil, fmt.Errorf("schema.sql: migration %s stands where %d is expected", number, i+1)
 		}
-		version, err := strconv.Atoi(schema[at[2]:at[3]])
-		if err != nil || version != i+1 {
-			return nil, fmt.Errorf("schema.sql: migration %d stands where %d is expected", version, i+1)
-		}
-		text := strings.TrimSpace(schema[at[1]:end])
-		sum := sha256.Sum256([]byte(text))
-		checksum := hex.EncodeToString(sum[:])
-		migrations = append(migrations, migration{version, schema[at[4]:at[5]], text, cmp.Or(recordedAs[checksum], checksum)})
+		text = strings.TrimSpace(text)
+		checksum := fmt.Sprintf("%x", sha256.Sum256([]byte(text)))
+		migrations = append(migrations, migration{i + 1, title, text, cmp.Or(recordedAs[checksum], checksum)})
 	}
 	return migrations, nil
 }
-
-// migrationLock is the key of the advisory lock under which replicas that
-// start together migrate one after the other: "rollcall" in ASCII.
-const migrationLock = 0x726f6c6c63616c6c
 
 // migrate brings the database to the last of migrations, in one transaction:
 // it ends up with all of them or with none. It is safe to run in any number of
@@ -96,68 +87,22 @@ func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.
 		return err
 	}
 	defer tx.Rollback() // without effect after Commit
-
-	// A role's limits are meant for requests: to index a large table, or to wait for
-	// another replica that does, takes longer. PostgreSQL 17 has the last of them.
-	_, err = tx.ExecContext(ctx, `SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
-		SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'`)
+	applied, err := lockMigrations(ctx, tx, log)
 	if err != nil {
 		return err
 	}
-	var encoding, grant string
-	err = tx.QueryRowContext(ctx, `SELECT current_setting('server_encoding'),
-		format('GRANT CREATE ON SCHEMA %I TO %I', COALESCE(current_schema(), 'public'), current_user)`).Scan(&encoding, &grant)
-	if err != nil {
-		return err
-	}
-	if encoding != "UTF8" {
-		return &schemaError{fmt.Sprintf("the database is encoded in %s, which can't hold every name: "+
-			"make another one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move the users there", encoding)}
-	}
-	// The lock is the transaction's, not the session's, so that it also holds
-	// behind a pooler that changes the session with every transaction.
-	waiting := logSlow(log, "waiting for another rollcall, which migrates")
-	_, err = tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1)", int64(migrationLock))
-	waiting.Stop()
-	if err != nil {
-		return err
-	}
-	applied, err := appliedMigrations(ctx, tx)
-	if err != nil {
-		return err
-	}
-	changes := 0
 	for _, m := range migrations {
-		switch checksum, ok := applied[m.version]; {
-		case ok && checksum != m.checksum:
-			return &schemaError{fmt.Sprintf("migration %d (%s) was applied to this database with another text than this program has: "+
+		checksum, ok := applied[m.version]
+		switch {
+		case !ok:
+			err = m.apply(ctx, tx, log)
+		case checksum != m.checksum:
+			err = &schemaError{fmt.Sprintf("migration %d (%s) was applied to this database with another text than this program has: "+
 				"run the program that belongs to the database, or restore schema.sql and add the change as a new migration", m.version, m.title)}
-		case ok:
-			continue
 		}
-		if changes == 0 && len(applied) == 0 {
-			_, err := tx.ExecContext(ctx, `CREATE TABLE IF NOT EXISTS rollcall_migrations (
-				version integer PRIMARY KEY, title text NOT NULL, checksum text NOT NULL,
-				applied_at timestamptz NOT NULL DEFAULT now())`)
-			if refused := pq.As(err, pqerror.InsufficientPrivilege); refused != nil {
-				return &schemaError{refused.Message + ": as the owner of the schema, run " + grant}
-			}
-			if err != nil {
-				return err
-			}
-		}
-		// Without arguments the text goes out as it is, many statements at once.
-		migrating := logSlow(log, fmt.Sprintf("migration %d: %s", m.version, m.title))
-		_, err := tx.ExecContext(ctx, m.text)
-		migrating.Stop()
 		if err != nil {
-			return migrationFailure(m, err)
-		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO rollcall_migrations (version, title, checksum) VALUES ($1, $2, $3)",
-			m.version, m.title, m.checksum); err != nil {
 			return err
 		}
-		changes++
 	}
 	var digits int // of a second, that updated_at keeps; -1: all six
 	err = tx.QueryRowContext(ctx, "SELECT atttypmod FROM pg_attribute WHERE attrelid = 'users'::regclass AND attname = 'updated_at'").Scan(&digits)
@@ -167,19 +112,76 @@ func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.
 	if digits >= 0 && digits < 6 {
 		log.Warn("the column updated_at keeps too few digits of a second for If-Match to tell quick updates apart", "digits", digits)
 	}
-	if err := tx.Commit(); err != nil {
-		return err
-	}
-	if changes > 0 {
-		log.Info("schema migrated", "applied", changes, "version", len(migrations))
-	}
 	for version := range applied {
 		if version > len(migrations) {
 			log.Warn("the database is newer than this program: a newer rollcall has migrated it",
 				"database_version", version, "program_version", len(migrations))
 		}
 	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	if n := len(migrations) - len(applied); n > 0 {
+		log.Info("schema migrated", "applied", n, "version", len(migrations))
+	}
 	return nil
+}
+
+// lockMigrations keeps other processes from migrating until tx ends, and returns the
+// checksums of the recorded migrations by version.
+func lockMigrations(ctx context.Context, tx *sql.Tx, log *slog.Logger) (applied map[int]string, err error) {
+	defer logSlow(log, "waiting for another rollcall, which migrates").Stop()
+	// A role's limits are meant for requests: to index a large table, or to wait for
+	// another replica that does, takes longer. PostgreSQL 17 has the last of them. The
+	// lock is the transaction's, not the session's, so that it also holds behind a pooler
+	// that changes the session with every transaction.
+	_, err = tx.ExecContext(ctx, `SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
+		SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout';
+		SELECT pg_advisory_xact_lock(x'726f6c6c63616c6c'::bigint)`) // "rollcall" in ASCII
+	if err != nil {
+		return nil, err
+	}
+	var encoding, grant string
+	var exists bool
+	err = tx.QueryRowContext(ctx, `SELECT current_setting('server_encoding'), to_regclass('rollcall_migrations') IS NOT NULL,
+		format('GRANT CREATE ON SCHEMA %I TO %I', COALESCE(current_schema(), 'public'), current_user)`).Scan(&encoding, &exists, &grant)
+	if err != nil {
+		return nil, err
+	}
+	if encoding != "UTF8" {
+		return nil, &schemaError{fmt.Sprintf("the database is encoded in %s, which can't hold every name: "+
+			"make another one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move the users there", encoding)}
+	}
+	if !exists { // even with IF NOT EXISTS, it would take the right to create
+		_, err := tx.ExecContext(ctx, `CREATE TABLE rollcall_migrations (version integer PRIMARY KEY,
+			title text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())`)
+		if refused := pq.As(err, pqerror.InsufficientPrivilege); refused != nil {
+			return nil, &schemaError{refused.Message + ": as the owner of the schema, run " + grant}
+		}
+		return nil, err
+	}
+	var recorded []byte
+	err = tx.QueryRowContext(ctx, "SELECT COALESCE(json_object_agg(version, checksum), '{}') FROM rollcall_migrations").Scan(&recorded)
+	if err != nil {
+		return nil, err
+	}
+	err = json.Unmarshal(recorded, &applied)
+	return applied, err
+}
+
+// apply takes the step and records it.
+func (m migration) apply(ctx context.Context, tx *sql.Tx, log *slog.Logger) error {
+	defer logSlow(log, fmt.Sprintf("migration %d: %s", m.version, m.title)).Stop()
+	// Without arguments the text goes out as it is, many statements at once.
+	_, err := tx.ExecContext(ctx, m.text)
+	if refused := pq.As(err); refused != nil && !isUnavailable(err) { // for a person to solve
+		return &schemaError{fmt.Sprintf("migration %d (%s): %s", m.version, m.title, describe(refused))}
+	}
+	if err == nil {
+		_, err = tx.ExecContext(ctx, "INSERT INTO rollcall_migrations (version, title, checksum) VALUES ($1, $2, $3)",
+			m.version, m.title, m.checksum)
+	}
+	return err
 }
 
 // logSlow has the log say what is being done, if it is not stopped within 5 s.
@@ -187,48 +189,46 @@ func logSlow(log *slog.Logger, what string) *time.Timer {
 	return time.AfterFunc(5*time.Second, func() { log.Info("still preparing the database", "step", what) })
 }
 
-// appliedMigrations returns the checksums of the recorded migrations by version.
-func appliedMigrations(ctx context.Context, tx *sql.Tx) (map[int]string, error) {
-	var exists bool
-	err := tx.QueryRowContext(ctx, "SELECT to_regclass('rollcall_migrations') IS NOT NULL").Scan(&exists)
-	if err != nil || !exists {
-		return nil, err
-	}
-	rows, err := tx.QueryContext(ctx, "SELECT version, checksum FROM rollcall_migrations")
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	applied := make(map[int]string)
-	for rows.Next() {
-		var version int
-		var checksum string
-		if err := rows.Scan(&version, &checksum); err != nil {
-			return nil, err
-		}
-		applied[version] = checksum
-	}
-	return applied, rows.Err()
+// describe returns all that PostgreSQL said, a line each: the message, the detail, the hint.
+func describe(refused *pq.Error) string {
+	said := []string{refused.Message, refused.Detail, refused.Hint}
+	return strings.Join(slices.DeleteFunc(said, func(s string) bool { return s == "" }), "\n")
 }
 
-// migrationFailure tells a migration that the database refuses, which is for a
-// person to solve, from a database that is not up to it right now.
-func migrationFailure(m migration, err error) error {
-	refused := pq.As(err)
-	if refused == nil || isUnavailable(err) {
+// start connects, migrates and prepares. While PostgreSQL is not there, or does
+// not let us in, it waits, and says so in the log, until ctx ends. What waiting
+// does not cure is a [*schemaError], or a [usageError] where it is the connection.
+func (s *pgStore) start(ctx context.Context) error {
+	migrations, err := parseMigrations(schemaSQL)
+	if err != nil {
 		return err
 	}
-	return &schemaError{fmt.Sprintf("migration %d (%s): %s", m.version, m.title, describe(refused))}
-}
-
-// describe returns all that PostgreSQL said: the message, and on lines of their
-// own the detail and the hint.
-func describe(refused *pq.Error) string {
-	text := refused.Message
-	for _, more := range []string{refused.Detail, refused.Hint} {
-		if more != "" {
-			text += "\n" + more
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		err := migrate(ctx, s.migrateDB, migrations, s.log)
+		if err == nil {
+			err = s.db.PingContext(ctx)
+		}
+		if err == nil || ctx.Err() != nil {
+			return cmp.Or(ctx.Err(), err)
+		}
+		if _, ok := errors.AsType[*schemaError](err); ok {
+			return err
+		}
+		if refused := pq.As(err); refused != nil && !isUnavailable(err) && refused.Code.Class() != "28" && // not let in
+			refused.Code != pqerror.InvalidCatalogName { // no such database
+			switch refused.Code.Class() {
+			case "22", "42", "55": // it is asked for something that is not there, or not so
+				if refused.Fatal() { // by the connection
+					return usageError("DATABASE_URL: PostgreSQL refuses the connection: " + strings.ReplaceAll(describe(refused), "\n", "; "))
+				}
+			}
+			return &schemaError{"PostgreSQL refuses: " + describe(refused)}
+		}
+		s.log.Warn("waiting for PostgreSQL", "error", err.Error(), "next_try", pause.String())
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	return text
 }

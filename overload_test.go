@@ -21,7 +21,7 @@ import (
 func TestChaosOverload(t *testing.T) {
 	const places, poolConns = 16, 4
 	s := newService(t, fmt.Sprintf("MAX_IN_FLIGHT=%d", places), fmt.Sprintf("DB_MAX_CONNS=%d", poolConns), "REQUEST_TIMEOUT=1h")
-	path := newUser(s, "a@example.com").header.Get("Location")
+	path := createUser(s, "a@example.com").header.Get("Location")
 	normal := returnsToNormal(t, poolConns)
 	tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
 
@@ -287,7 +287,7 @@ func TestDeepLists(t *testing.T) {
 		}
 		return n
 	}
-	var conns []*rawConn
+	var conns []*wireConn
 	for i := range 4 * places {
 		conn := dialRaw(t, s)
 		conn.send(fmt.Sprintf("GET %s?offset=%d HTTP/1.1\r\nHost: x\r\n\r\n", usersPath, 1000+i%2))
@@ -317,3 +317,29 @@ func TestDeepLists(t *testing.T) {
 	}
 	waiting.Wait()
 }
+
+// Bodies that come slowly keep nobody out, however many, and whatever their length
+// is or may be.
+func TestSlowBodies(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	for range 200 {
+		dialRaw(t, s).send(head + "Content-Length: 65536\r\n\r\n") // and nothing of it
+	}
+	var conns []*wireConn
+	for i := range 100 {
+		conn := dialRaw(t, s)
+		conn.send(head + "Transfer-Encoding: chunked\r\n\r\n" + chunk(fmt.Sprintf(`{"email":"%d@example.com",`, i)))
+		conns = append(conns, conn)
+	}
+	a := s.call("POST", usersPath, `{"email":"large@example.com","name":"x"}`+strings.Repeat(" ", 60_000))
+	a.user(t)
+	for _, conn := range conns {
+		conn.send(chunk(`"name":"x"}`) + "0\r\n\r\n")
+	}
+	for _, conn := range conns {
+		conn.answer().user(t)
+	}
+}
+
+func chunk(s string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(s), s) }

@@ -1,15 +1,16 @@
 package main
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"hash/crc32"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 )
@@ -19,54 +20,45 @@ import (
 // A listQuery is what a request for the list asks for.
 type listQuery struct {
 	limit, offset int64
-	after         *position // where the page before ended
-	email         *string
+	after         position // where the page before ended; the zero position is the start of the list
+	email         string   // empty: everybody
 }
 
 // parseListQuery reads the query of a request for the list. Parameters that it
-// does not know are ignored, well formed or not; the failure names the one that
-// is wrong.
-func parseListQuery(query string) (q listQuery, err error) {
-	q.limit = 20
-	names := []string{"limit", "offset", "cursor", "email"}
-	values := make(url.Values)
+// does not know are ignored, well formed or not; the error names the one that is
+// wrong.
+func parseListQuery(query string) (listQuery, error) {
+	q, given := listQuery{limit: 20}, make(map[string]bool)
 	for parameter := range strings.SplitSeq(query, "&") {
-		name, _, _ := strings.Cut(parameter, "=")
-		if name, err = url.QueryUnescape(name); err != nil || !slices.Contains(names, name) {
-			continue
-		}
-		one, err := url.ParseQuery(parameter)
-		if err != nil { // a stray % or ;
-			return q, invalid(name + " is not well formed")
-		}
-		values[name] = append(values[name], one.Get(name))
-	}
-	for _, name := range names {
-		given, ok := values[name]
-		if !ok {
-			continue
+		name, value, _ := strings.Cut(parameter, "=")
+		name, _ = url.QueryUnescape(name)
+		value, err := url.QueryUnescape(value)
+		if err != nil || strings.Contains(parameter, ";") {
+			value = "" // which no parameter takes
 		}
 		switch name {
 		case "limit":
-			q.limit, err = parseCount(name, given[0], 1000)
+			q.limit, err = parseCount(name, value, 1000)
 		case "offset":
-			q.offset, err = parseCount(name, given[0], 1<<62) // so that sums with it fit
+			q.offset, err = parseCount(name, value, 1<<62) // so that sums with it fit
 		case "cursor":
-			q.after, err = parseCursor(given[0])
+			q.after, err = parseCursor(value)
 		case "email":
-			if s := given[0]; s == "" || len(s) > 4*255 || !utf8.ValidString(s) || strings.Contains(s, "\x00") {
+			if q.email = value; value == "" || len(value) > 4*255 || !utf8.ValidString(value) || strings.Contains(value, "\x00") {
 				err = invalid("email must be an address to look for")
 			}
-			q.email = &given[0]
-		}
-		if err == nil && len(given) > 1 {
-			err = invalid(name + " is given twice")
+		default:
+			continue
 		}
 		if err != nil {
 			return q, err
 		}
+		if given[name] {
+			return q, invalid(name + " is given twice")
+		}
+		given[name] = true
 	}
-	if q.after != nil && (values.Has("offset") || q.email != nil) {
+	if given["cursor"] && (given["offset"] || given["email"]) {
 		return q, invalid("cursor goes with neither offset nor email")
 	}
 	return q, nil
@@ -100,13 +92,63 @@ func (p position) cursor() string {
 }
 
 // parseCursor is the inverse of [position.cursor].
-func parseCursor(s string) (*position, error) {
+func parseCursor(s string) (position, error) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
 	if err != nil || len(s) != 38 || len(b) != 28 || binary.BigEndian.Uint32(b[24:]) != crc32.ChecksumIEEE(b[:24]) {
-		return nil, invalid("cursor is damaged: follow the Link of the page before as it is")
+		return position{}, invalid("cursor is damaged: follow the Link of the page before as it is")
 	}
 	// From 2000 on, PostgreSQL's epoch, all its times are within the range of an int64.
 	const epoch = 946684800 // seconds since 1970
 	micros := int64(binary.BigEndian.Uint64(b) - epoch*1e6)
-	return &position{time.Unix(epoch+micros/1e6, micros%1e6*1e3), formatUUID([16]byte(b[8:24]))}, nil
+	return position{time.Unix(epoch+micros/1e6, micros%1e6*1e3), formatUUID([16]byte(b[8:24]))}, nil
+}
+
+// A page is a part of the list. Requests for the same part may share one.
+type page struct {
+	users []user
+	more  bool          // there are users behind the last one
+	json  func() []byte // the users as a JSON array, encoded once
+}
+
+// newPage returns the page of the first limit users.
+func newPage(users []user, limit int64) *page {
+	p := &page{users: users}
+	if int64(len(users)) > limit {
+		p.users, p.more = users[:limit], true
+	}
+	p.json = sync.OnceValue(func() []byte {
+		b := append(make([]byte, 0, 256*(len(p.users)+1)), '[')
+		for i := range p.users {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = p.users[i].appendJSON(b)
+		}
+		return append(b, ']')
+	})
+	return p
+}
+
+// deepOffset is from which offset on a list is deep: PostgreSQL takes 0.1 ms or more to
+// find its begin, row by row.
+const deepOffset = 1000
+
+// deepList reads the users of a deep list. They are read one at a time, and after each
+// none is for as long as it took: so all of them together take half of one processor,
+// and one connection.
+func (s *pgStore) deepList(ctx context.Context, q listQuery) ([]user, error) {
+	select {
+	case s.deepQueue <- struct{}{}:
+		defer func() { <-s.deepQueue }()
+	default:
+		return nil, &apiError{kind: kindUnavailable, message: "Too many lists with a large offset are being read: follow the Link of the page before"}
+	}
+	select {
+	case s.deep <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	start := time.Now()
+	defer func() { time.AfterFunc(time.Since(start), func() { <-s.deep }) }()
+	return s.query(ctx, firstUsers, q.limit+1, q.offset)
 }

@@ -58,6 +58,7 @@ type relay struct {
 	dir     string
 	instead []byte       // what the service hears in place of what lose has lost
 	losing  atomic.Value // string; empty: nothing
+	silent  atomic.Bool  // the connection of what is lost does not break
 }
 
 // startRelay starts a relay in the folder dir.
@@ -82,6 +83,9 @@ func startRelay(t *testing.T, dir string, instead ...byte) *relay {
 			}
 			text := r.losing.Load().(string)
 			if text != "" && bytes.Contains(b[:n], []byte(text)) && r.losing.CompareAndSwap(text, "") {
+				if r.silent.Load() {
+					io.Copy(io.Discard, to)
+				}
 				from.Write(r.instead)
 				return
 			}

@@ -164,21 +164,23 @@ func TestPassedSocketRefused(t *testing.T) {
 	}
 	t.Cleanup(func() { udp.Close(); connected.Close(); file.Close() })
 
-	const noListener = `is not a stream socket that listens; a socket unit needs ListenStream= and Accept=no`
+	const noListener = `is not a socket that listens; a socket unit needs ListenStream= and Accept=no`
 	for _, test := range []struct {
 		name   string
 		socket *os.File
 		env    string
 		want   string // a regular expression for the log
 	}{
-		{"two", tcp, "LISTEN_FDS=2", `LISTEN_FDS: "2"; rollcall takes exactly 1 socket`},
-		{"none", tcp, "LISTEN_FDS=0", `LISTEN_FDS: "0"; rollcall takes exactly 1 socket`},
-		{"no number", tcp, "LISTEN_FDS=one", `LISTEN_FDS: "one"; rollcall takes exactly 1 socket`},
+		{"two", tcp, "LISTEN_FDS=2", `LISTEN_FDS: 2; rollcall takes exactly 1 socket`},
+		{"none", tcp, "LISTEN_FDS=0", `LISTEN_FDS: 0; rollcall takes exactly 1 socket`},
+		{"no number", tcp, "LISTEN_FDS=one", `LISTEN_FDS: "one" is not a whole number`},
 		{"datagrams", udp, "", noListener},
 		{"a connection", connected, "", noListener},
-		{"a file", file, "", `file descriptor 3 is not a socket`},
-		{"a watchdog without sense", tcp, "WATCHDOG_USEC=1s", `WATCHDOG_USEC: "1s" is not a number of microseconds`},
-		{"a watchdog of nobody", tcp, "WATCHDOG_USEC=1\nWATCHDOG_PID=me", `"me" is not the id of a process`},
+		{"a file", file, "", noListener},
+		{"a watchdog without sense", tcp, "WATCHDOG_USEC=1s", `WATCHDOG_USEC: "1s" is not a whole number`},
+		{"a watchdog of nobody", tcp, "WATCHDOG_USEC=1\nWATCHDOG_PID=me", `WATCHDOG_PID: "me" is not a whole number`},
+		{"a watchdog of less than nobody", tcp, "WATCHDOG_PID=-1", `WATCHDOG_PID: "-1" is not a whole number`},
+		{"a watchdog beyond all time", tcp, "WATCHDOG_USEC=9223372036854775807", `WATCHDOG_USEC: "9223372036854775807" is not`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p, _ := newManagedProcess(t, test.socket, testEnv("dbname=x", strings.Split(test.env, "\n")...))
@@ -211,7 +213,7 @@ func TestManagerVariables(t *testing.T) {
 		t.Setenv(name, fmt.Sprint(os.Getppid()))
 	}
 	m, err := newManager(os.Getenv)
-	if err != nil || m.listener != nil || m.watchdog != 0 || m.notify == "" {
+	if err != nil || m.listener != nil || m.watchdog != 0 || m.socketName == "" {
 		t.Errorf("got %+v, %v", m, err)
 	}
 	for _, name := range managerVariables {
@@ -298,48 +300,50 @@ func TestManagerDuringLongStart(t *testing.T) {
 	}
 }
 
-func TestTell(t *testing.T) {
+func TestNotify(t *testing.T) {
 	t.Parallel()
 	log := new(syncBuffer)
 	logger := slog.New(slog.NewTextHandler(log, nil))
-	manager{}.tell(logger, "READY=1")
+	manager{}.notify(logger, "READY=1")
 	if log.String() != "" {
 		t.Errorf("without a manager: %s", log)
 	}
 	for _, socket := range []string{"/no/such/socket", "vsock:2:1", "notify"} { // told or not, it goes on
-		manager{notify: socket}.tell(logger, "READY=1")
+		manager{socketName: socket}.notify(logger, "READY=1")
 	}
 	if n := strings.Count(log.String(), "the service manager can't be told"); n != 3 {
 		t.Errorf("3 failures, logged %d times: %s", n, log)
 	}
 	box := newMailbox(t, "")
-	manager{notify: box.name}.tell(logger, "READY=1", "STATUS=a status")
+	manager{socketName: box.name}.notify(logger, "READY=1", "STATUS=a status")
 	box.wait("STATUS=a status")
 	if !slices.Equal(box.messages, []string{"READY=1\nSTATUS=a status"}) {
 		t.Errorf("got %q", box.messages)
 	}
 }
 
-func TestTellAbstractName(t *testing.T) {
+func TestNotifyAbstractName(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS != "linux" {
 		t.Skip("only Linux has names of sockets outside of the file system")
 	}
 	box := newMailbox(t, fmt.Sprintf("@rollcall-test-%d", os.Getpid()))
-	manager{notify: box.name}.tell(slog.New(slog.DiscardHandler), "READY=1")
+	manager{socketName: box.name}.notify(slog.New(slog.DiscardHandler), "READY=1")
 	box.wait("READY=1")
 }
 
 func TestWatch(t *testing.T) {
 	t.Parallel()
+	box, log := newMailbox(t, ""), new(syncBuffer)
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
 		defer cancel()
 		begun := time.Now()
 		var got []string
-		checks := 0
-		watch(ctx, 16*time.Second, func(ctx context.Context) error {
-			switch checks++; checks {
+		m := manager{socketName: box.name, watchdog: 16 * time.Second}
+		m.watch(ctx, slog.New(slog.NewTextHandler(log, nil)), func(ctx context.Context) error {
+			got = append(got, time.Since(begun).String())
+			switch len(got) {
 			case 2: // does not answer
 				<-ctx.Done()
 				return ctx.Err()
@@ -347,12 +351,17 @@ func TestWatch(t *testing.T) {
 				return errors.New("refused")
 			}
 			return nil
-		}, func(err error) { got = append(got, fmt.Sprint(time.Since(begun), " ", err)) })
-		want := []string{"0s <nil>", "16s context deadline exceeded", "17s <nil>", "25s refused", "26s <nil>", "34s <nil>"}
-		if !slices.Equal(got, want) {
-			t.Errorf("got  %q\nwant %q", got, want)
+		})
+		if want := []string{"0s", "8s", "17s", "25s", "26s", "34s"}; !slices.Equal(got, want) {
+			t.Errorf("checked at %q; want %q", got, want)
 		}
 	})
+	waitFor(t, "four reports", func() bool { return box.count("WATCHDOG=1") == 4 })
+	for _, want := range []string{"context deadline exceeded", "refused"} {
+		if strings.Count(log.String(), want) != 1 {
+			t.Errorf("not once %q in the log: %s", want, log)
+		}
+	}
 }
 
 // A service that hangs is not reported, though its process runs and its socket
@@ -371,8 +380,10 @@ func TestWatchdogOfHangingService(t *testing.T) {
 	reported := make(chan struct{})
 	go func() {
 		defer close(reported)
-		new(health).report(ctx, manager{notify: box.name, watchdog: 100 * time.Millisecond}, server.Listener.Addr(), false,
-			slog.New(slog.NewTextHandler(log, nil)))
+		m := manager{socketName: box.name, watchdog: 100 * time.Millisecond}
+		m.watch(ctx, slog.New(slog.NewTextHandler(log, nil)), func(ctx context.Context) error {
+			return askHere(ctx, server.Listener.Addr(), false, "/health")
+		})
 	}()
 	failures := func() int { return strings.Count(log.String(), "does not answer itself") }
 
@@ -390,7 +401,8 @@ func TestWatchdogOfHangingService(t *testing.T) {
 	<-reported
 }
 
-func TestDialSelf(t *testing.T) {
+// A service that listens everywhere is asked on this host, be it without IPv6.
+func TestAskHere(t *testing.T) {
 	t.Parallel()
 	for _, address := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0", "[::1]:0"} {
 		listener, err := net.Listen("tcp", address)
@@ -401,13 +413,26 @@ func TestDialSelf(t *testing.T) {
 			}
 			t.Fatal(err)
 		}
-		conn, err := dialSelf(t.Context(), listener.Addr())
-		if err != nil {
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/health" {
+				w.WriteHeader(503)
+			}
+		})}
+		go server.Serve(listener)
+		defer server.Close()
+		if err := askHere(t.Context(), listener.Addr(), false, "/health"); err != nil {
 			t.Errorf("%s: %v", address, err)
-		} else {
-			conn.Close()
 		}
-		listener.Close()
+		if err := askHere(t.Context(), listener.Addr(), false, "/"); err == nil {
+			t.Errorf("%s: a 503 is taken for a 200", address)
+		}
+	}
+	// One that takes IPv4 alone stands in for a host without IPv6.
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	addr := &net.TCPAddr{IP: net.IPv6unspecified, Port: server.Listener.Addr().(*net.TCPAddr).Port}
+	if err := askHere(t.Context(), addr, false, "/"); err == nil || !strings.Contains(err.Error(), "404") {
+		t.Errorf("without IPv6: %v", err)
 	}
 }
 

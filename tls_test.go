@@ -82,9 +82,9 @@ func newPair(t testing.TB, serial int64) (cert, key []byte) {
 }
 
 // served returns the serial number of the certificate that the next handshake gets.
-func (c *certificate) served(t testing.TB) int64 {
+func served(t testing.TB, c *tls.Config) int64 {
 	t.Helper()
-	pair, err := c.get(nil)
+	pair, err := c.GetCertificate(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func TestCertificate(t *testing.T) {
 	files := newPairFiles(t)
 	files.writePair(1)
 	log := new(syncBuffer)
-	c, err := loadCertificate(files.cert, files.key, slog.New(slog.NewJSONHandler(log, nil)))
+	c, err := newTLSConfig(config{tlsCertFile: files.cert, tlsKeyFile: files.key}, slog.New(slog.NewJSONHandler(log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,22 +116,23 @@ func TestCertificate(t *testing.T) {
 		{"a new certificate, its key not yet", func() { files.write(files.cert, cert2) }, 1, "the one before stays"},
 		{"the same, asked again, is not logged again", func() {}, 1, ""},
 		{"half of its key", func() { files.write(files.key, key2[:len(key2)/2]) }, 1, "the one before stays"},
-		{"the whole key", func() { files.write(files.key, key2) }, 2, "reread"},
-		{"another pair", func() { files.writePair(3) }, 3, "reread"},
-		{"the key deleted", func() { files.remove(files.key) }, 3, ""},
-		{"both deleted", func() { files.remove(files.cert) }, 3, ""},
-		{"the certificate back, half of it", func() { files.write(files.cert, cert4[:100]) }, 3, ""},
+		{"the whole key", func() { files.write(files.key, key2) }, 2, "certificate read"},
+		{"another pair", func() { files.writePair(3) }, 3, "certificate read"},
+		{"the key deleted", func() { files.remove(files.key) }, 3, "the one before stays"},
+		{"the same, asked again", func() {}, 3, ""},
+		{"both deleted", func() { files.remove(files.cert) }, 3, "the one before stays"},
+		{"the certificate back, half of it", func() { files.write(files.cert, cert4[:100]) }, 3, "the one before stays"},
 		{"the key back", func() { files.write(files.key, key4) }, 3, "the one before stays"},
-		{"the certificate whole", func() { files.write(files.cert, cert4) }, 4, "reread"},
+		{"the certificate whole", func() { files.write(files.cert, cert4) }, 4, "certificate read"},
 		{"emptied", func() { files.write(files.cert, nil) }, 4, "the one before stays"},
 		{"no certificate at all", func() { files.write(files.cert, []byte("renew me")) }, 4, "the one before stays"},
-		{"the one before, put back", func() { files.write(files.cert, cert4) }, 4, "reread"},
+		{"the one before, put back", func() { files.write(files.cert, cert4) }, 4, "certificate read"},
 		{"the key of another", func() { files.write(files.key, key2) }, 4, "the one before stays"},
 	}
 	for _, step := range steps { // each goes on from the one before
 		step.change()
 		before := len(log.String())
-		if got := c.served(t); got != step.want {
+		if got := served(t, c); got != step.want {
 			t.Fatalf("%s: certificate %d; want %d", step.name, got, step.want)
 		}
 		switch logged := log.String()[before:]; {
@@ -143,7 +144,7 @@ func TestCertificate(t *testing.T) {
 	}
 }
 
-func TestLoadCertificateFails(t *testing.T) {
+func TestCertificateFails(t *testing.T) {
 	t.Parallel()
 	files := newPairFiles(t)
 	log := slog.New(slog.DiscardHandler)
@@ -162,7 +163,7 @@ func TestLoadCertificateFails(t *testing.T) {
 	}
 	for _, step := range steps {
 		step.change()
-		if _, err := loadCertificate(files.cert, files.key, log); (err == nil) != step.ok {
+		if _, err := newTLSConfig(config{tlsCertFile: files.cert, tlsKeyFile: files.key}, log); (err == nil) != step.ok {
 			t.Errorf("%s: error %v; want one: %t", step.name, err, !step.ok)
 		}
 	}
@@ -196,7 +197,7 @@ func TestServiceRereadsCertificate(t *testing.T) {
 	if got := serial(dialTLS(t, s)); got != 2 {
 		t.Errorf("deleted: certificate %d; want 2", got)
 	}
-	old := &rawConn{t: t, Conn: first}
+	old := &wireConn{t: t, Conn: first}
 	if a := old.answerTo("GET /health HTTP/1.1\r\nHost: rollcall\r\n\r\n"); a.status != 200 || a.body != "OK" {
 		t.Errorf("on the connection from before: %d %s", a.status, a.body)
 	}

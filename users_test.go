@@ -74,8 +74,8 @@ func wantError(t *testing.T, a answer, status int, message string) {
 	}
 }
 
-// newUser creates a user and returns its answer.
-func newUser(s *service, email string) answer {
+// createUser creates a user and returns its answer.
+func createUser(s *service, email string) answer {
 	s.t.Helper()
 	a := s.call("POST", usersPath, fmt.Sprintf(`{"email":%q,"name":"Test"}`, email))
 	if a.status != 200 {
@@ -130,9 +130,9 @@ var badBodies = []struct {
 	{"not UTF-8", "{\"name\":\"\xff\"}", nil, 400, "Malformed JSON at byte 10: the text is not UTF-8"},
 	{"lone surrogate", `{"name":"\ud800"}`, nil, 400, "Malformed JSON at byte 10: a surrogate without its other half"},
 	{"too deep", `{"x":` + strings.Repeat("[", 20000) + strings.Repeat("]", 20000) + `}`, nil, 400, "Malformed JSON at byte 10005: invalid character '[' exceeded max depth"},
-	{"null", "null", nil, 422, "The body must be a JSON object"},
-	{"array", "[]", nil, 422, "The body must be a JSON object"},
-	{"string", `"x"`, nil, 422, "The body must be a JSON object"},
+	{"null", "null", nil, 422, "A JSON object is expected"},
+	{"array", "[]", nil, 422, "A JSON object is expected"},
+	{"string", `"x"`, nil, 422, "A JSON object is expected"},
 	{"email of another type", `{"email":1,"name":"x"}`, nil, 422, "email must be a string"},
 	{"name of another type", `{"email":"a@example.com","name":["x"]}`, nil, 422, "name must be a string"},
 	{"email twice", `{"email":"a@example.com","name":"x","email":"b@example.com"}`, nil, 422, "email is given twice"},
@@ -152,7 +152,7 @@ var badBodies = []struct {
 func TestCreateErrors(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	newUser(s, "taken@example.com")
+	createUser(s, "taken@example.com")
 	for _, test := range badBodies {
 		t.Run(test.name, func(t *testing.T) {
 			wantError(t, s.call("POST", usersPath, test.body, test.fields...), test.status, test.message)
@@ -198,7 +198,7 @@ func TestCreateBorders(t *testing.T) {
 func TestGet(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	a := newUser(s, "a@example.com")
+	a := createUser(s, "a@example.com")
 	path, tag := a.header.Get("Location"), a.header.Get("ETag")
 	if got := s.call("GET", usersPath+"/"+strings.ToUpper(path[len(usersPath)+1:]), ""); got.body != a.body {
 		t.Errorf("id in upper case: %d %s", got.status, got.body)
@@ -254,7 +254,7 @@ func TestUpdate(t *testing.T) {
 	s := newService(t)
 	for _, method := range []string{"PUT", "PATCH"} {
 		t.Run(method, func(t *testing.T) {
-			before := newUser(s, strings.ToLower(method)+"@example.com")
+			before := createUser(s, strings.ToLower(method)+"@example.com")
 			path := before.header.Get("Location")
 			for _, test := range []struct{ name, body, email, userName string }{
 				{"name", `{"name":"New"}`, before.user(t)["email"], "New"},
@@ -292,8 +292,8 @@ func TestUpdate(t *testing.T) {
 func TestUpdateErrors(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	newUser(s, "taken@example.com")
-	before := newUser(s, "mine@example.com")
+	createUser(s, "taken@example.com")
+	before := createUser(s, "mine@example.com")
 	path := before.header.Get("Location")
 	for _, test := range badBodies {
 		t.Run(test.name, func(t *testing.T) {
@@ -352,7 +352,7 @@ func TestConditionalWrites(t *testing.T) {
 	} {
 		for _, method := range []string{"PUT", "PATCH", "DELETE"} {
 			t.Run(method+" "+test.name, func(t *testing.T) {
-				before := newUser(s, fmt.Sprintf("%d-%s@example.com", i, method))
+				before := createUser(s, fmt.Sprintf("%d-%s@example.com", i, method))
 				path := before.header.Get("Location")
 				var fields []string
 				for _, f := range test.fields {
@@ -383,7 +383,7 @@ func TestConditionalWrites(t *testing.T) {
 func TestDelete(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	a := newUser(s, "a@example.com")
+	a := createUser(s, "a@example.com")
 	path := a.header.Get("Location")
 	if got := s.call("DELETE", path, ""); got.status != 200 || got.body != "" || got.header.Get("Content-Length") != "0" {
 		t.Errorf("DELETE: %d %q", got.status, got.body)
@@ -392,7 +392,7 @@ func TestDelete(t *testing.T) {
 	wantError(t, s.call("DELETE", path, "", "If-Match: *"), 404, "Resource not found")
 	wantError(t, s.call("GET", path, ""), 404, "Resource not found")
 	wantError(t, s.call("DELETE", usersPath+"/x", ""), 400, "Validation error: id must be a UUID")
-	newUser(s, "A@example.com") // the address is free again
+	createUser(s, "A@example.com") // the address is free again
 }
 
 func TestListQuery(t *testing.T) {
@@ -400,7 +400,7 @@ func TestListQuery(t *testing.T) {
 	s := newService(t)
 	var newest []string
 	for i := range 30 {
-		newest = append([]string{newUser(s, fmt.Sprintf("u%02d@example.com", i)).user(t)["id"]}, newest...)
+		newest = append([]string{createUser(s, fmt.Sprintf("u%02d@example.com", i)).user(t)["id"]}, newest...)
 	}
 	cursor := regexp.MustCompile(`cursor=([^>&]*)`).FindStringSubmatch(s.call("GET", usersPath+"?limit=10", "").header.Get("Link"))[1]
 	for _, test := range []struct {
@@ -470,11 +470,11 @@ func TestListQuery(t *testing.T) {
 		{"cursor=" + damaged, "cursor is damaged: follow the Link of the page before as it is"},
 		{"cursor=" + cursor + "&offset=0", "cursor goes with neither offset nor email"},
 		{"cursor=" + cursor + "&email=a", "cursor goes with neither offset nor email"},
-		{"limit=%zz", "limit is not well formed"},
-		{"li%6dit=%zz", "limit is not well formed"},
-		{"limit=1;offset=1", "limit is not well formed"},
-		{"email=a%", "email is not well formed"},
-		{"limit=1&limit=%", "limit is not well formed"},
+		{"limit=%zz", "limit must be a number from 0 to 1000"},
+		{"li%6dit=%zz", "limit must be a number from 0 to 1000"},
+		{"limit=1;offset=1", "limit must be a number from 0 to 1000"},
+		{"email=a%", "email must be an address to look for"},
+		{"limit=1&limit=%", "limit must be a number from 0 to 1000"},
 	} {
 		t.Run(test.query, func(t *testing.T) {
 			wantError(t, s.call("GET", usersPath+"?"+test.query, ""), 400, "Validation error: "+test.message)
@@ -617,7 +617,7 @@ func TestConcurrentConditionalUpdates(t *testing.T) {
 func TestVersionMovesForward(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	path := newUser(s, "a@example.com").header.Get("Location")
+	path := createUser(s, "a@example.com").header.Get("Location")
 	mustExec(t, s.db, "UPDATE users SET updated_at = now() + interval '1 hour'")
 	last := s.call("GET", path, "").user(t)["updated_at"]
 	for range 3 {
@@ -685,7 +685,7 @@ func TestOddTimes(t *testing.T) {
 					if again := s.call("GET", path, "", "If-None-Match: "+tags[0]); again.status != 304 {
 						t.Errorf("%s: If-None-Match: %d", row, again.status)
 					}
-					wantError(t, s.call("PUT", path, `{"name":"y"}`, `If-Match: "1"`), 412, answers[kindPrecondition].message)
+					wantError(t, s.call("PUT", path, `{"name":"y"}`, `If-Match: "1"`), 412, kindPrecondition.message)
 					for i := range 3 {
 						name := fmt.Sprintf("name %d", i)
 						put := s.call("PUT", path, `{"name":"`+name+`"}`, "If-Match: "+tags[0])
@@ -695,7 +695,7 @@ func TestOddTimes(t *testing.T) {
 						if got := s.call("GET", path, ""); got.body != put.body || got.header.Get("ETag") != put.header.Get("ETag") {
 							t.Errorf("%s: PUT %s\nGET %s", row, put.body, got.body)
 						}
-						wantError(t, s.call("DELETE", path, "", "If-Match: "+tags[0]), 412, answers[kindPrecondition].message)
+						wantError(t, s.call("DELETE", path, "", "If-Match: "+tags[0]), 412, kindPrecondition.message)
 						tags = append([]string{put.header.Get("ETag")}, tags...)
 					}
 					if gone := s.call("DELETE", path, "", "If-Match: "+tags[0]); gone.status != 200 {
@@ -717,7 +717,7 @@ func TestRowsWithNull(t *testing.T) {
 	mustExec(t, db, "INSERT INTO users VALUES ($1, NULL, NULL, now(), now())", noSuchID)
 	s := startService(t, testEnv(databaseURL))
 	s.waitReady()
-	newUser(s, "a@example.com")
+	createUser(s, "a@example.com")
 	if list := s.call("GET", usersPath, "").users(t); len(list) != 2 || list[1]["name"] != "" || list[1]["email"] != "" {
 		t.Errorf("list: %v", list)
 	}
@@ -791,7 +791,7 @@ func TestGzipOfLists(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	for range 20 {
-		newUser(s, fmt.Sprintf("%d@example.com", rand.Uint64()))
+		createUser(s, fmt.Sprintf("%d@example.com", rand.Uint64()))
 	}
 	plain := s.call("GET", usersPath, "")
 	packed := s.call("GET", usersPath, "", "Accept-Encoding: gzip")
@@ -878,15 +878,15 @@ func FuzzListQuery(f *testing.F) {
 		} else if err != nil && malformed == nil && err2 == nil {
 			t.Errorf("%q: %v, but as %q it is %+v", query, err, values.Encode(), again)
 		}
-		if err == nil && (q.limit < 0 || q.limit > 1000 || q.offset < 0 || q.after != nil && q.offset != 0) {
+		if err == nil && (q.limit < 0 || q.limit > 1000 || q.offset < 0 || q.after != (position{}) && q.offset != 0) {
 			t.Errorf("%q: %+v", query, q)
 		}
 	})
 }
 
-// tagList is the grammar of RFC 9110, section 13.1.1, with the empty elements of
+// grammarOfTags is the grammar of RFC 9110, section 13.1.1, with the empty elements of
 // section 5.6.1.2; RFC 9110 counts bytes and Go runes, which here is the same.
-var tagList = regexp.MustCompile(strings.ReplaceAll(`^[ \t]*(TAG)?([ \t]*,[ \t]*(TAG)?)*[ \t]*$`, "TAG", `(W/)?"[^\x00-\x20"\x7f]*"`))
+var grammarOfTags = regexp.MustCompile(strings.ReplaceAll(`^[ \t]*(TAG)?([ \t]*,[ \t]*(TAG)?)*[ \t]*$`, "TAG", `(W/)?"[^\x00-\x20"\x7f]*"`))
 
 func FuzzPreconditions(f *testing.F) {
 	for _, seed := range []string{`"1", W/"2"`, "*", `"a,*,b"`, `"x",*`, `W/"17" , "17"`, `,"17",,`, `"17" "17"`, `"17`, `W/17`, " * ", "\"\x80\",\"17\""} {
@@ -901,7 +901,7 @@ func FuzzPreconditions(f *testing.F) {
 		}
 		list := strings.Join(fields, ", ")
 		star, weak, strong := strings.Trim(list, " \t") == "*", false, false
-		if tagList.MatchString(list) {
+		if grammarOfTags.MatchString(list) {
 			for i, part := range strings.Split(list, `"`) { // each second part is what a tag holds
 				if i%2 == 1 && part == "17" {
 					weak = true
@@ -927,5 +927,123 @@ func TestUUIDv7(t *testing.T) {
 	fmt.Sscanf(strings.ReplaceAll(id, "-", "")[:12], "%x", &ms)
 	if ms < before || ms > after || id[14] != '7' || !strings.ContainsRune("89ab", rune(id[19])) {
 		t.Errorf("%s was made between %x and %x", id, before, after)
+	}
+}
+
+// Under a mixed load with contested addresses, every answer is true, and the
+// table is in the end what the answers said.
+func TestMixedLoad(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	const workers, rounds = 32, 30
+	var mu sync.Mutex
+	owner := make(map[string]string) // of an address: the id that an answer gave it to
+	var wg sync.WaitGroup
+	for worker := range workers {
+		wg.Go(func() {
+			for round := range rounds {
+				contested := fmt.Sprintf("%d-%d@example.com", round, worker%4)
+				a, err := s.try("POST", usersPath, fmt.Sprintf(`{"email":%q,"name":"%d"}`, contested, worker))
+				if err != nil || a.status != 200 && a.status != 409 {
+					t.Errorf("create: %v %v", a, err)
+					return
+				}
+				if a.status == 409 {
+					continue
+				}
+				id := a.user(t)["id"]
+				mu.Lock()
+				if other, ok := owner[contested]; ok {
+					t.Errorf("%s was given to %s and to %s", contested, other, id)
+				}
+				owner[contested] = id
+				mu.Unlock()
+				path, tag := usersPath+"/"+id, a.header.Get("ETag")
+				for _, step := range []struct {
+					method, path, body, condition string
+					status                        int
+					name                          string // in the answer
+				}{
+					{"GET", path, "", "", 200, fmt.Sprint(worker)},
+					{"PUT", path, `{"name":"one"}`, "If-Match: " + tag, 200, "one"},
+					{"PUT", path, `{"name":"two"}`, "If-Match: " + tag, 412, ""},
+					{"GET", path, "", "", 200, "one"}, // a read sees what was acknowledged
+					{"GET", usersPath + "?email=" + strings.ToUpper(contested), "", "", 200, "one"},
+					{"PATCH", path, `{"name":"three"}`, "", 200, "three"},
+					{"GET", path, "", "If-None-Match: " + tag, 200, "three"},
+					{"DELETE", path, "", "If-Match: " + tag, 412, ""},
+				} {
+					a, err := s.try(step.method, step.path, step.body, step.condition)
+					if err != nil || a.status != step.status || !strings.Contains(a.body, `"name":"`+step.name) && step.name != "" {
+						t.Errorf("%+v: %v %v", step, a, err)
+					}
+				}
+				if round%3 == 0 {
+					mu.Lock()
+					delete(owner, contested) // from now on, another may get it
+					mu.Unlock()
+					if a, err := s.try("DELETE", path, ""); err != nil || a.status != 200 {
+						t.Errorf("delete: %v %v", a, err)
+					}
+					if a, err := s.try("GET", path, ""); err != nil || a.status != 404 {
+						t.Errorf("after delete: %v %v", a, err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	stored := make(map[string]string)
+	for _, u := range s.call("GET", usersPath+"?limit=1000", "").users(t) {
+		stored[u["email"]] = u["id"]
+		if u["name"] != "three" {
+			t.Errorf("left behind: %v", u)
+		}
+	}
+	if fmt.Sprint(stored) != fmt.Sprint(owner) {
+		t.Errorf("the table has %d users, the answers said %d", len(stored), len(owner))
+	}
+}
+
+// A stop while many wait behind a locked table: all are answered.
+func TestStopWithAFullQueue(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	tx := begin(t, s.db, "LOCK TABLE users IN EXCLUSIVE MODE")
+	const many = 150
+	answers := make(chan answerOrError, many)
+	for i := range many {
+		go func() {
+			a, err := s.try("POST", usersPath, fmt.Sprintf(`{"email":"%d@example.com","name":"x"}`, i%100))
+			answers <- answerOrError{a, err}
+		}()
+	}
+	waitFor(t, "a statement to wait for the lock", func() bool {
+		var waiting int
+		err := s.db.QueryRow("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass").Scan(&waiting)
+		return err == nil && waiting > 0
+	})
+	s.stop()
+	s.waitLog("stopping")
+	tx.Rollback()
+	statuses := make(map[int]int)
+	for range many {
+		switch a := <-answers; {
+		case a.err == nil:
+			statuses[a.status]++
+		default: // it had not been accepted when the listener closed
+			statuses[0]++
+		}
+	}
+	if statuses[http.StatusOK]+statuses[http.StatusConflict]+statuses[0] != many || statuses[http.StatusOK] == 0 {
+		t.Errorf("statuses: %v", statuses)
+	}
+	if err := <-s.done; err != nil {
+		t.Errorf("run returned %v", err)
+	}
+	s.done <- nil
+	var stored int
+	if err := s.db.QueryRow("SELECT count(*) FROM users").Scan(&stored); err != nil || stored < statuses[http.StatusOK] {
+		t.Errorf("%d creates were acknowledged, %d users are stored: %v", statuses[http.StatusOK], stored, err)
 	}
 }

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// version is what changes with every update of the user: its updated_at in
+// microseconds since 1970.
+func (u *user) version() string {
+	return strconv.FormatInt(clampTime(u.UpdatedAt).UnixMicro(), 10)
+}
+
+// etag is the version as a strong entity tag (RFC 9110, section 8.8.3).
+func (u *user) etag() string { return `"` + u.version() + `"` }
+
+// preconditions are the If-Match and If-None-Match of a request (RFC 9110,
+// section 13.1): comma-separated versions, nil where the field is absent.
+type preconditions struct {
+	match, noneMatch *string
+}
+
+// matched reports whether If-Match, if given, allows the version of the user.
+func (p preconditions) matched(u *user) bool {
+	return p.match == nil || holds(*p.match, u.version())
+}
+
+// noneMatched reports whether If-None-Match, if given, allows the version of the user.
+func (p preconditions) noneMatched(u *user) bool {
+	return p.noneMatch == nil || !holds(*p.noneMatch, u.version())
+}
+
+// whyNot returns why a write has left out a user who is there.
+func (p preconditions) whyNot(u *user) error {
+	if p.matched(u) && p.noneMatched(u) {
+		return errSkipped
+	}
+	return errPrecondition
+}
+
+// holds reports whether a list of comma-separated versions, or "*", has version.
+func holds(list, version string) bool {
+	return list == "*" || slices.Contains(strings.Split(list, ","), version)
+}
+
+// parsePreconditions reads the two fields. If-None-Match compares weakly, so W/
+// doesn't count there; for If-Match a weak tag never matches (section 8.8.3.2).
+func parsePreconditions(h http.Header) preconditions {
+	p := preconditions{parseTags(h["If-Match"], false), parseTags(h["If-None-Match"], true)}
+	if p.match != nil && *p.match == "*" { // which every user matches
+		p.match = nil
+	}
+	return p
+}
+
+// The grammar of a list of entity tags (RFC 9110, sections 5.6.1, 8.8.3 and 13.1.1),
+// whose empty elements count for nothing, and that of a tag of ours.
+const anyTag = `(?:(?:W/)?"[^\x00-\x20"\x7f]*"[ \t]*)?`
+
+var (
+	tagList    = regexp.MustCompile(`^` + anyTag + `(?:,[ \t]*` + anyTag + `)*$`)
+	versionTag = regexp.MustCompile(`(W/)?"(-?\d+)"`)
+)
+
+// parseTags returns the versions in a list of entity tags, "*" for a field that is
+// just that, and nil for none. A tag that can't be one of ours matches nothing, and so
+// does anything that is no list of tags: a request with a broken If-Match fails rather
+// than overwrite what it meant to protect. Several lines are one list (section 5.3).
+func parseTags(fields []string, weak bool) *string {
+	if len(fields) == 0 {
+		return nil
+	}
+	list := strings.Trim(strings.Join(fields, ", "), " \t")
+	if list == "*" {
+		return &list
+	}
+	var versions []string
+	if tagList.MatchString(list) {
+		for _, tag := range versionTag.FindAllStringSubmatch(list, -1) {
+			if weak || tag[1] == "" {
+				versions = append(versions, tag[2])
+			}
+		}
+	}
+	list = strings.Join(versions, ",")
+	return &list
+}

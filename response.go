@@ -1,0 +1,156 @@
+package main
+
+import (
+	"container/list"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// A response is built whole, then sent
+//
+// Every response of this service fits into memory. So the handlers write to a
+// responseRecorder, and send puts it on the wire when they have returned: a panic
+// or a late error is always a clean 500, compression and the access log see the
+// whole response, and a slow reader occupies nothing but the bytes that it is
+// to read. Those are bounded: all large responses share a quota.
+
+// A responseRecorder is an [http.ResponseWriter] that keeps the response.
+type responseRecorder struct {
+	http.ResponseWriter
+	status int // 0 until it is written
+	body   []byte
+}
+
+func (rec *responseRecorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
+
+func (rec *responseRecorder) WriteHeader(status int) {
+	if rec.status == 0 {
+		rec.status = status
+	}
+}
+
+func (rec *responseRecorder) Write(p []byte) (int, error) {
+	rec.WriteHeader(http.StatusOK)
+	rec.body = append(rec.body, p...)
+	return len(p), nil
+}
+
+// reset forgets what was written, but for the header.
+func (rec *responseRecorder) reset() { rec.status, rec.body = 0, nil }
+
+const (
+	// smallBytes is what one client may have in memory uncounted: net/http's
+	// buffers and the header of a request take as much.
+	smallBytes = 16 << 10
+	// quotaBytes bounds all large responses together: 300 lists of 1000 users. The
+	// requests of HTTP/2, of which one connection may have 32, count as well.
+	quotaBytes = 64 << 20
+)
+
+// send sends the response to r. With last, the connection ends after it. The error is
+// that of a client that has gone, or that reads too slowly.
+func (rec *responseRecorder) send(r *http.Request, sending *quota, last bool) error {
+	rec.WriteHeader(http.StatusOK) // unless it is written
+	h := rec.Header()
+	if last {
+		h["Connection"] = closing
+	}
+	h["Cache-Control"] = noStore
+	if h["Etag"] != nil { // to ask by again (RFC 9111, section 5.2.2)
+		h["Cache-Control"] = noCache
+	}
+	if rec.status != http.StatusNoContent && rec.status != http.StatusNotModified {
+		h["Content-Length"] = []string{strconv.Itoa(len(rec.body))}
+	}
+	if len(rec.body) > smallBytes {
+		defer sending.acquire(int64(len(rec.body)), rec.evict(r))()
+	}
+	rec.ResponseWriter.WriteHeader(rec.status)
+	return rec.write(r)
+}
+
+// write writes the body, and returns when all that net/http holds is out: else the
+// log could not tell of a connection that breaks. HTTP/2 takes it in small parts,
+// since a connection keeps a buffer of the largest.
+func (rec *responseRecorder) write(r *http.Request) error {
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	part := max(len(rec.body), 1)
+	if r.ProtoMajor == 2 {
+		part = smallBytes
+	}
+	for p := range slices.Chunk(rec.body, part) {
+		if _, err := rec.ResponseWriter.Write(p); err != nil {
+			return err
+		}
+	}
+	return http.NewResponseController(rec.ResponseWriter).Flush()
+}
+
+// evict returns how to end the sending. In HTTP/2, a deadline would only have a frame
+// sent that says so, behind all that the client does not read: so the connection ends.
+func (rec *responseRecorder) evict(r *http.Request) func() {
+	if r.ProtoMajor == 2 {
+		conn := connFrom(r.Context())
+		return func() { conn.Close() }
+	}
+	control := http.NewResponseController(rec.ResponseWriter)
+	return func() { control.SetWriteDeadline(time.Unix(1, 0)) }
+}
+
+const (
+	lingerBytes = 1 << 20
+	lingerTime  = 2 * time.Second
+)
+
+// linger reads on for a bounded while, for a client that sends its whole body before
+// it reads the response: closing a connection with unread bytes resets it, and takes
+// the response back (RFC 9112, section 9.6).
+func (rec *responseRecorder) linger(r *http.Request) {
+	rec.body = nil // it is sent
+	control := http.NewResponseController(rec.ResponseWriter)
+	control.Flush() // a response to HEAD
+	control.SetReadDeadline(time.Now().Add(lingerTime))
+	io.CopyN(io.Discard, r.Body, lingerBytes)
+}
+
+// A quota bounds the bytes that slow readers hold. To make room for a newcomer it
+// evicts those that have held theirs the longest: a client that reads as fast as
+// it can is never that one. It is safe for concurrent use.
+type quota struct {
+	mu     sync.Mutex
+	free   int64
+	leases list.List // of *lease, the oldest first
+}
+
+type lease struct {
+	bytes int64
+	evict func()
+}
+
+// acquire takes some bytes until release is called, even more than there are.
+// evict may be called until release returns, and must not wait.
+func (q *quota) acquire(bytes int64, evict func()) (release func()) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.free < bytes && q.leases.Len() > 0 {
+		oldest := q.leases.Remove(q.leases.Front()).(*lease)
+		q.free += oldest.bytes
+		oldest.bytes = 0
+		oldest.evict()
+	}
+	q.free -= bytes
+	mine := &lease{bytes, evict}
+	element := q.leases.PushBack(mine)
+	return func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.free += mine.bytes
+		q.leases.Remove(element) // does nothing if it was evicted
+	}
+}
