@@ -35,9 +35,9 @@ build: ## make ./rollcall, static and stripped
 	set -x; CGO_ENABLED=0 go build -buildvcs=$$vcs -buildmode=exe -trimpath -ldflags='-s -w' -o rollcall .
 
 test: postgres ## run the tests, with the race detector where there is a C compiler
-	@if $(CAN_RACE); then set -x; CGO_ENABLED=1 go test -race -shuffle=on ./...; \
+	@if $(CAN_RACE); then set -x; CGO_ENABLED=1 go test -race -shuffle=on -timeout 30m ./...; \
 	else echo 'without the race detector, which needs a C compiler (make check installs one)'; \
-	set -x; go test -shuffle=on ./...; fi
+	set -x; go test -shuffle=on -timeout 30m ./...; fi
 
 # The race detector needs cgo, a C compiler and the headers of the C library.
 # Whether all is there shows best by trying.
@@ -57,8 +57,8 @@ check: postgres compiler ## everything that has to hold before a commit; this is
 	go run $(STATICCHECK) ./...
 	go run $(STATICCHECK) -tags plain -tests=false ./...
 	go build -tags plain -o /dev/null .
-	CGO_ENABLED=1 go test -race -shuffle=on ./...
-	CGO_ENABLED=1 go test -tags plain -race -shuffle=on ./...
+	CGO_ENABLED=1 go test -race -shuffle=on -timeout 30m ./...
+	CGO_ENABLED=1 go test -tags plain -race -shuffle=on -timeout 30m ./...
 	@$(MAKE) --no-print-directory fuzz build
 	@facts=$$(go version -m rollcall); for want in CGO_ENABLED=0 -buildmode=exe; do case $$facts in \
 	*"$$want"*) ;; *) echo "rollcall is not static: no $$want in its build information"; exit 1;; esac; done
