@@ -215,8 +215,12 @@ func (c *pgConn) begin(ctx context.Context) error {
 }
 
 // ResetSession completes [driver.SessionResetter]: database/sql calls it before
-// it uses a connection again, and on [driver.ErrBadConn] takes another one.
+// it uses a connection again, and on [driver.ErrBadConn] takes another one. A
+// connection that has something to read has ended.
 func (c *pgConn) ResetSession(ctx context.Context) error {
+	if _, err := peek(c.socket); err != syscall.EAGAIN {
+		return driver.ErrBadConn
+	}
 	if c.pooled != c.connector.pooled.Load() { // it may have prepared statements
 		return driver.ErrBadConn
 	}

@@ -11,7 +11,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/lib/pq"
@@ -70,8 +69,7 @@ func (t trackedConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	return &trackedConn{c, t.once, generation}, nil
 }
 
-// A trackedConn is looked at before it is used again, and says of a write that
-// was not answered who may execute it.
+// A trackedConn says of a write that was not answered who may execute it.
 type trackedConn struct {
 	*pgConn
 	once       *exactlyOnce
@@ -79,10 +77,9 @@ type trackedConn struct {
 }
 
 // ResetSession completes [driver.SessionResetter]: database/sql calls it before
-// it uses the connection again, and on [driver.ErrBadConn] takes another one. A
-// connection that has something to read has ended.
+// it uses the connection again, and on [driver.ErrBadConn] takes another one.
 func (c *trackedConn) ResetSession(ctx context.Context) error {
-	if _, err := peek(c.socket); err != syscall.EAGAIN || c.generation != c.once.generation.Load() {
+	if c.generation != c.once.generation.Load() {
 		return driver.ErrBadConn
 	}
 	return c.pgConn.ResetSession(ctx)

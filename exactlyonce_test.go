@@ -7,10 +7,13 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -538,5 +541,88 @@ func TestStatementsOfOthers(t *testing.T) {
 				t.Errorf("warned %d times", warned)
 			}
 		})
+	}
+}
+
+// Nobody has said that there is a pooler (binary_parameters=yes). One replica meets it at
+// its start, the other one later, in place of PostgreSQL itself.
+func TestPoolerUnannounced(t *testing.T) {
+	findProxy(t, "pgbouncer")
+	t.Parallel()
+	checkLeaks(t)
+	server := newPrimary(t)
+	const sessions = 3
+	pooler := startPgBouncer(t, server, server.port, fmt.Sprintf("default_pool_size = %d", sessions))
+	listener, _ := newListener(t)
+	_, between, _ := net.SplitHostPort(listener.Addr().String())
+	var behind atomic.Value // the port that listener leads to
+	behind.Store(server.port)
+	go func() {
+		for {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("tcp", "127.0.0.1:"+behind.Load().(string))
+			if err != nil {
+				from.Close()
+				continue
+			}
+			for _, pair := range [][2]net.Conn{{from, to}, {to, from}} {
+				go func() {
+					io.Copy(pair[0], pair[1])
+					from.Close()
+					to.Close()
+				}()
+			}
+		}
+	}()
+	databaseURL := func(port string) string {
+		return "postgres://rollcall:secret@127.0.0.1:" + port + "/rollcall?sslmode=disable"
+	}
+	var replicas [2]*service
+	for i, port := range []string{between, pooler} {
+		replicas[i] = startService(t, testEnv(databaseURL(port), "REQUEST_TIMEOUT=30s"))
+		replicas[i].waitReady()
+	}
+	warnings := func(s *service) (n int) {
+		for _, line := range s.logged() {
+			if line["level"] == "WARN" && strings.Contains(fmt.Sprint(line["msg"]), "binary_parameters=yes") {
+				n++
+			}
+		}
+		return n
+	}
+	l := startLoad(t, replicas[0].url, chaosConns, replicas[1].url)
+	l.wait(2000)
+	if warnings(replicas[0]) != 0 {
+		t.Error("PostgreSQL itself is taken for a pooler")
+	}
+	behind.Store(pooler)
+	mustExec(t, server.db, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'rollcall'")
+	waitFor(t, "the pooler to be noticed", func() bool { return warnings(replicas[0]) > 0 })
+	l.wait(2000)
+	o := l.stop(server.db)
+	o.faults = 1
+	o.want(t, "PgBouncer, unannounced, in place of PostgreSQL")
+	for i, s := range replicas {
+		if n := warnings(s); n != 1 {
+			t.Errorf("replica %d warns of the pooler %d times", i, n)
+		}
+	}
+
+	// Nothing is left in the sessions: each serves a transaction of its own here.
+	db, err := sql.Open("postgres", databaseURL(pooler)+"&binary_parameters=yes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for range sessions {
+		left := ""
+		err := begin(t, db, "SELECT").QueryRow("SELECT concat_ws(' ', (SELECT string_agg(name, ' ') FROM pg_settings " +
+			"WHERE source = 'session' AND name NOT IN ('application_name', 'transaction_read_only')), (SELECT string_agg(name, ' ') FROM pg_prepared_statements))").Scan(&left)
+		if err != nil || left != "" {
+			t.Errorf("left in a session: %q, %v", left, err)
+		}
 	}
 }
