@@ -20,8 +20,9 @@ import (
 )
 
 // What connections to PostgreSQL have that lib/pq's own don't: settings of the
-// session, an end to waiting for a server that is silent, statements that are
-// prepared anew when the table has changed, and an eye for poolers.
+// session, a look whether they are still there before they are used again, an end
+// to waiting for a server that is silent, statements that are prepared anew when
+// the table has changed, and an eye for poolers.
 //
 // A pooler lends the sessions of PostgreSQL to its clients for a transaction each. The
 // name of a statement (lib/pq numbers them: 1, 2, 3) may be that of another client's

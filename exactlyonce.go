@@ -31,9 +31,9 @@ import (
 // This relies on what database/sql does beyond its documentation (Go 1.26,
 // sql.go): DB.conn calls ResetSession before it uses a connection again, and
 // DB.retry repeats a statement by itself only where its error matches
-// driver.ErrBadConn. Were that to change, a dead connection might be used, which
-// costs a retry, or a write be repeated unseen, and TestWritesWhoseAnswersAreLost
-// would fail.
+// driver.ErrBadConn. Were that to change, a connection that was given up might be
+// used, which costs a retry, or a write be repeated unseen, and
+// TestWritesWhoseAnswersAreLost would fail.
 
 // lockTimeout is how long a statement waits for a lock: long beside what others
 // need to commit, short beside what a connection is worth.
