@@ -436,3 +436,22 @@ func processStat(pid int) (state string, parent int) {
 	parent, _ = strconv.Atoi(fields[1])
 	return fields[0], parent
 }
+
+// Nobody has said that there is a pooler (binary_parameters=yes): it is noticed at the
+// start, in both builds. What happens when it comes later, TestPoolerUnannounced tells.
+func TestPooler(t *testing.T) {
+	findProxy(t, "pgbouncer")
+	t.Parallel()
+	server := newPrimary(t)
+	pooler := startPgBouncer(t, server, server.port, "default_pool_size = 3")
+	s := startService(t, testEnv("postgres://rollcall:secret@127.0.0.1:"+pooler+"/rollcall?sslmode=disable", "REQUEST_TIMEOUT=30s"))
+	s.waitReady()
+	l := startLoad(t, s.url, chaosConns)
+	l.wait(1000)
+	o := l.stop(server.db)
+	o.faults = 1
+	o.want(t, "PgBouncer, unannounced, from the start")
+	if warned := strings.Count(s.log.String(), "binary_parameters=yes"); warned != 1 {
+		t.Errorf("warned of the pooler %d times", warned)
+	}
+}
