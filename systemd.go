@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,14 +14,13 @@ import (
 	"time"
 )
 
-// What a service and systemd tell one another, by hand from sd_listen_fds(3),
-// sd_notify(3) and sd_watchdog_enabled(3): a listening socket that is passed on, and
-// datagrams about how the service is doing. It is all in variables of the environment.
-// Where they are unset, nobody manages the process, and nothing in here does anything.
+// What a service and systemd tell one another, by sd_listen_fds(3), sd_notify(3) and
+// sd_watchdog_enabled(3): a listening socket that is passed on, and datagrams about how
+// the service is doing. Where the variables are unset, nothing in here does anything.
 
 // managerVariables are meant for one process: they are not read from a file, and not
 // handed on to children.
-var managerVariables = []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+var managerVariables = []string{"LISTEN_PID", "LISTEN_FDS", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
 
 // A manager is what started the process and looks after it. The zero manager is nobody.
 type manager struct {
@@ -29,43 +29,37 @@ type manager struct {
 	watchdog   time.Duration // it restarts a process silent for this long; 0 if it does not
 }
 
-// newManager reads the variables of the manager, and removes them from the environment.
-// It takes over the socket that was passed. What is meant for another process is left
-// alone: this one is a child that has inherited its environment. The error is for
-// whoever configured the manager.
+// newManager reads the variables of the manager, removes them from the environment, and
+// takes over the socket that was passed. What names the pid of another process is left
+// alone: it was inherited. The error is for whoever configured the manager.
 func newManager(getenv func(string) string) (m manager, err error) {
+	m.socketName = getenv("NOTIFY_SOCKET")
 	numbers := make(map[string]uint64)
 	for _, name := range managerVariables {
 		value := getenv(name)
 		os.Unsetenv(name)
-		switch {
-		case value == "" || name == "LISTEN_FDNAMES":
-		case name == "NOTIFY_SOCKET":
-			m.socketName = value
-		default:
-			if numbers[name], err = strconv.ParseUint(value, 10, 52); err != nil { // as µs, 52 bits fit a Duration
-				return manager{}, fmt.Errorf("%s: %.80q is not a whole number", name, value)
-			}
+		if value == "" || name == "NOTIFY_SOCKET" {
+			continue
+		}
+		if numbers[name], err = strconv.ParseUint(value, 10, 52); err != nil { // as µs, 52 bits fit a Duration
+			return manager{}, fmt.Errorf("%s: %.80q is not a whole number", name, value)
 		}
 	}
 	pid := uint64(os.Getpid())
-	if watched, ok := numbers["WATCHDOG_PID"]; !ok || watched == pid {
+	if cmp.Or(numbers["WATCHDOG_PID"], pid) == pid {
 		m.watchdog = time.Duration(numbers["WATCHDOG_USEC"]) * time.Microsecond
 	}
-	sockets, ok := numbers["LISTEN_FDS"]
-	if !ok || numbers["LISTEN_PID"] != pid {
-		return m, nil
+	if numbers["LISTEN_PID"] == pid {
+		m.listener, err = passedListener(numbers["LISTEN_FDS"])
 	}
-	if sockets != 1 {
-		return manager{}, fmt.Errorf("LISTEN_FDS: %d; rollcall takes exactly 1 socket", sockets)
-	}
-	m.listener, err = passedListener()
 	return m, err
 }
 
-// passedListener returns the listener of the socket that was passed, and closes the file
-// descriptor: the listener has one of its own.
-func passedListener() (net.Listener, error) {
+// passedListener returns the listener of the one socket that was passed.
+func passedListener(sockets uint64) (net.Listener, error) {
+	if sockets != 1 {
+		return nil, fmt.Errorf("LISTEN_FDS: %d; rollcall takes exactly 1 socket", sockets)
+	}
 	const fd = 3 // SD_LISTEN_FDS_START of <systemd/sd-daemon.h>
 	// Look before touching it: if the environment is wrong, it may be any file.
 	listens, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
@@ -73,9 +67,8 @@ func passedListener() (net.Listener, error) {
 		return nil, fmt.Errorf("LISTEN_FDS: file descriptor %d is not a socket that listens; "+
 			"a socket unit needs ListenStream= and Accept=no", fd)
 	}
-	syscall.CloseOnExec(fd)
 	f := os.NewFile(fd, "LISTEN_FDS")
-	defer f.Close()
+	defer f.Close() // the listener has a copy
 	return net.FileListener(f)
 }
 
@@ -103,9 +96,8 @@ func (m manager) socket() string {
 	return "own"
 }
 
-// holdBack returns at once where no socket was passed. Connections to one that was wait in
-// its backlog, as during all of a restart, until the service has started or timeout or
-// ctx is over.
+// holdBack leaves the connections to a passed socket in its backlog, as during all of a
+// restart, until the service has started, or timeout or ctx is over.
 func (m manager) holdBack(ctx context.Context, started <-chan struct{}, timeout time.Duration) {
 	if m.listener == nil {
 		return
@@ -117,8 +109,8 @@ func (m manager) holdBack(ctx context.Context, started <-chan struct{}, timeout 
 	}
 }
 
-// notify sends the manager assignments such as READY=1, a line each. That it could not
-// be told is no reason to stop serving, so an error goes to the log alone.
+// notify sends the manager assignments such as READY=1, a line each. An error is no
+// reason to stop serving, and goes to the log alone.
 func (m manager) notify(log *slog.Logger, assignments ...string) {
 	if m.socketName == "" {
 		return
@@ -134,16 +126,15 @@ func (m manager) notify(log *slog.Logger, assignments ...string) {
 	}
 }
 
-// notifyStopping tells the manager that stopping takes up to patience.
-func (m manager) notifyStopping(log *slog.Logger, patience time.Duration) {
-	m.notify(log, "STOPPING=1", "STATUS=finishing requests", fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (patience+5*time.Second).Microseconds()))
+// notifyStopping tells the manager that stopping takes up to timeout.
+func (m manager) notifyStopping(log *slog.Logger, timeout time.Duration) {
+	m.notify(log, "STOPPING=1", "STATUS=finishing requests", fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (timeout+5*time.Second).Microseconds()))
 }
 
-// watch tells the manager's watchdog that the service lives, at half its interval, as
-// sd_watchdog_enabled(3) advises, but only when check has found it alive. A check that
-// failed is repeated soon, so that one failure alone is no restart. watch ends with ctx:
-// a manager that was told STOPPING=1 expects nothing more, and SHUTDOWN_TIMEOUT ends what
-// is stuck.
+// watch tells the watchdog that the service lives whenever check finds so, at half its
+// interval, as sd_watchdog_enabled(3) advises. A check that failed is repeated soon, so
+// that one failure alone is no restart. After STOPPING=1, with which ctx ends, the manager
+// expects nothing more.
 func (m manager) watch(ctx context.Context, log *slog.Logger, check func(context.Context) error) {
 	for m.watchdog > 0 && ctx.Err() == nil {
 		attempt, cancel := context.WithTimeout(ctx, m.watchdog/2)
