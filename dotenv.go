@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -17,21 +18,18 @@ var dotenvFile = ".env" // not by the tests, which would find what the developer
 
 const maxDotenv = 1 << 20 // bytes: a .env is a page of text, and whatever is larger got its name by mistake
 
-// withDotenv returns a getenv that falls back on the file at path. The environment wins, so that one run can differ from
-// the file; an empty variable there counts as unset. What a service manager tells one process is never taken from the file.
-// A missing file is fine, one that can't be read is an error, and so is a mistake in a line of one of our variables. Other
-// programs may share the file: what concerns none of ours is passed over, with a warning on stderr.
+// withDotenv returns a getenv that falls back on the file at path, which may be missing. The environment wins, so that one
+// run can differ from the file. Lines that are no settings are an error where they name one of our variables; the others,
+// which other programs may have put there, are passed over with a warning on stderr.
 func withDotenv(getenv func(string) string, path string, stderr io.Writer) (func(string) string, error) {
 	values, skipped, err := readDotenv(path)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	merged := func(name string) string {
-		if v := getenv(name); v != "" || slices.Contains(managerVariables, name) {
-			return v
-		}
-		return values[name]
+	for _, name := range managerVariables {
+		delete(values, name)
 	}
+	merged := func(name string) string { return cmp.Or(getenv(name), values[name]) }
 	if len(skipped) > 0 {
 		// Before the configuration is read: what was passed over may explain what it lacks. Ten lines are enough to do so.
 		lines := strings.Join(skipped[:min(len(skipped), 10)], "; ")
@@ -60,18 +58,6 @@ func readDotenv(path string) (values map[string]string, skipped []string, err er
 	return parseDotenv(data)
 }
 
-// blanks are what may surround names and values. A lone \r counts: it is what a careless conversion of line ends leaves.
-const blanks = " \t\r"
-
-var (
-	// dotenvName matches the name at the start of a line, and the = behind it, if there is one; else nothing.
-	dotenvName = regexp.MustCompile(`^(?:(?:export[ \t\r]+)?([A-Za-z_]\w*)(?:[ \t\r]*(=)|[ \t\r:]|$))?`)
-	// dotenvQuoted matches a value in quotes, which may span lines, and the rest of its last line.
-	dotenvQuoted  = regexp.MustCompile(`^[ \t\r]*(?:'([^']*)'|"((?:[^"\\]|\\(?s:.))*)")[ \t\r]*(?:#.*)?(?:\n|$)`)
-	dotenvEscapes = strings.NewReplacer(`\n`, "\n", `\r`, "\r", `\t`, "\t", `\"`, `"`, `\\`, `\`, `\$`, "$")
-	dotenvComment = regexp.MustCompile(`[ \t\r]#.*`)
-)
-
 // parseDotenv reads the lines of a .env file:
 //
 //	# a comment, which may also follow a value and a space
@@ -79,7 +65,7 @@ var (
 //	export NAME='as it is'      may span lines
 //	NAME="one\ntwo"             may span lines; \n \r \t \" \\ \$ are escapes
 //
-// A $ stays a $: nothing is expanded. A name given twice is a mistake: whichever line won, someone would edit the other one
+// Nothing is expanded: a $ stays a $. A name given twice is a mistake: whichever line won, someone would edit the other one
 // and wonder. A mistake is an error in a line of one of our variables, and skipped in others. Both name the line and what
 // belongs there, never what was found: it may be a secret.
 func parseDotenv(data []byte) (values map[string]string, skipped []string, err error) {
@@ -108,6 +94,18 @@ func parseDotenv(data []byte) (values map[string]string, skipped []string, err e
 	}
 	return values, skipped, nil
 }
+
+// blanks are what may surround names and values. A lone \r counts: it is what a careless conversion of line ends leaves.
+const blanks = " \t\r"
+
+var (
+	// dotenvName matches the name at the start of a line, and the = behind it, if there is one; else nothing.
+	dotenvName = regexp.MustCompile(`^(?:(?:export[ \t\r]+)?([A-Za-z_]\w*)(?:[ \t\r]*(=)|[ \t\r:]|$))?`)
+	// dotenvQuoted matches a value in quotes, which may span lines, and the rest of its last line.
+	dotenvQuoted  = regexp.MustCompile(`^[ \t\r]*(?:'([^']*)'|"((?:[^"\\]|\\(?s:.))*)")[ \t\r]*(?:#.*)?(?:\n|$)`)
+	dotenvEscapes = strings.NewReplacer(`\n`, "\n", `\r`, "\r", `\t`, "\t", `\"`, `"`, `\\`, `\`, `\$`, "$")
+	dotenvComment = regexp.MustCompile(`[ \t\r]#.*`)
+)
 
 // readStatement returns the name and the value at the start of text, no name for a comment, and the lines behind. Where a
 // quote is not closed, these begin with the next one: the quote may be the mistake.
