@@ -37,22 +37,23 @@ var settingName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 // and so psql, understands in a URL. What neither raw nor the PG variables of the environment settle is settled for a
 // service: sslmode=prefer as libpq has it, a connect_timeout, and a name to be recognized by. Its errors never quote raw.
 func parseDatabaseURL(raw string) (cfg pq.Config, warnings []string, err error) {
-	dsn, ok := raw, true
+	dsn := raw
 	// In the other form, a space at the end may be an escaped one.
 	if scheme, rest, _ := strings.Cut(strings.TrimSpace(raw), "://"); scheme == "postgres" || scheme == "postgresql" {
-		dsn, ok = keywordForm(rest)
+		dsn, err = keywordForm(rest)
 	}
-	if !ok || !utf8.ValidString(dsn) || strings.Contains(dsn, "\x00") {
-		return pq.Config{}, nil, errDatabaseURL
+	if err != nil || !utf8.ValidString(dsn) || strings.Contains(dsn, "\x00") {
+		return cfg, nil, errDatabaseURL
 	}
-	if cfg, err = newPQConfig(dsn); err == nil {
-		warnings, err = checkDatabase(&cfg)
+	if cfg, err = newPQConfig(dsn); err != nil {
+		return cfg, nil, err
 	}
 	if cfg.SSLMode == "" && cfg.SSLNegotiation != pq.SSLNegotiationDirect { // direct is TLS or nothing
 		cfg.SSLMode = pq.SSLModePrefer
 	}
 	cfg.ConnectTimeout = cmp.Or(cfg.ConnectTimeout, 5*time.Second) // a host that doesn't answer must not hang a service
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "rollcall")
+	warnings, err = checkDatabase(&cfg)
 	return cfg, warnings, err
 }
 
@@ -62,19 +63,19 @@ var hostForm = regexp.MustCompile(`^(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::(\d*))?$`)
 // keywordForm returns the settings in a URL, given from behind its "://", in libpq's other form. It is here, and not net/url
 // with lib/pq behind it, for what libpq takes and they don't: several hosts with a port each, an IPv6 address without a
 // port, a folder of sockets as a host (%2Frun%2Fpostgresql), any character in the password but those that end it, ssl=true.
-func keywordForm(rest string) (dsn string, ok bool) {
+func keywordForm(rest string) (dsn string, err error) {
 	rest, query, _ := strings.Cut(rest, "?")
 	authority, database, hasPath := strings.Cut(strings.ReplaceAll(rest, "+", "%2B"), "/") // + is a space in a query alone
 	i := strings.LastIndexByte(authority, '@')
 	user, password, _ := strings.Cut(authority[:max(i, 0)], ":")
 	if strings.Contains(database, "@") || strings.Contains(rest+query, "#") || i < 0 && !hasPath && strings.Contains(query, "@") {
-		return "", false // most likely, a part of a password that has a bare / # or ?
+		return "", errDatabaseURL // most likely, a part of a password that has a bare / # or ?
 	}
 	var hosts, ports []string
 	for item := range strings.SplitSeq(authority[i+1:], ",") {
 		m := hostForm.FindStringSubmatch(item)
 		if m == nil {
-			return "", false
+			return "", errDatabaseURL
 		}
 		hosts, ports = append(hosts, m[1]+m[2]), append(ports, m[3])
 	}
@@ -87,8 +88,8 @@ func keywordForm(rest string) (dsn string, ok bool) {
 		name, value, _ := strings.Cut(pair, "=")
 		value, err := url.QueryUnescape(value)
 		switch {
-		case err != nil || value != "" && !settingName.MatchString(name):
-			return "", false
+		case err != nil:
+			return "", errDatabaseURL
 		case name == "ssl" && value == "true": // as JDBC and others write it; sslmode, which says it more exactly, wins
 			dsn = setting("sslmode", "require") + dsn
 		case name == "ssl" && value == "false":
@@ -97,7 +98,7 @@ func keywordForm(rest string) (dsn string, ok bool) {
 			dsn += setting(name, value)
 		}
 	}
-	return dsn, true
+	return dsn, nil
 }
 
 func setting(name, value string) string {
@@ -148,18 +149,18 @@ var libpqOnly = map[string][]string{
 // cfg what does nothing.
 func checkDatabase(cfg *pq.Config) (warnings []string, err error) {
 	binding := cfg.Runtime["channel_binding"] == "require"
-	for name, value := range cfg.Runtime {
-		harmless, isOnly := libpqOnly[name]
-		switch {
-		case !settingName.MatchString(name): // such as all before the = of mysql://user:password@host/?ssl=1
-			return nil, errDatabaseURL
-		case isOnly && value != "" && !slices.Contains(harmless, value):
+	for name, harmless := range libpqOnly {
+		if value := cfg.Runtime[name]; value != "" && !slices.Contains(harmless, value) {
 			return nil, fmt.Errorf("has the setting %s, which libpq knows but lib/pq does not: leave it out", name)
-		case isOnly:
-			delete(cfg.Runtime, name)
+		}
+		delete(cfg.Runtime, name)
+	}
+	for name := range cfg.Runtime {
+		if !settingName.MatchString(name) { // such as all before the = of mysql://user:password@host/?ssl=1
+			return nil, errDatabaseURL
 		}
 	}
-	if binding && slices.Contains([]pq.SSLMode{"", pq.SSLModeAllow, pq.SSLModePrefer}, cfg.SSLMode) {
+	if binding && (cfg.SSLMode == pq.SSLModeAllow || cfg.SSLMode == pq.SSLModePrefer) {
 		cfg.SSLMode = pq.SSLModeRequire // without TLS there would be nothing to bind to
 	}
 	if binding && cfg.SSLMode != pq.SSLModeVerifyFull {
