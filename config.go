@@ -86,8 +86,9 @@ func (c *config) variables() []variable {
 	}
 }
 
-// loadConfig reads the configuration through getenv; with dev, HOST defaults to this machine alone. The error reports
-// every mistake at once, a line each: the variable, what it held unless that is a secret, and what it takes.
+// loadConfig reads the configuration through getenv; with dev, HOST defaults to this machine alone, and the database and
+// the keys may be missing. The error reports every mistake at once, a line each: the variable, what it held unless that is
+// a secret, and what it takes.
 func loadConfig(getenv func(string) string, dev bool) (config, error) {
 	var c config
 	var mistakes []error
@@ -113,10 +114,10 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 		}
 	}
 	// What no variable can tell by itself.
-	if getenv("DATABASE_URL") == "" {
+	if !dev && getenv("DATABASE_URL") == "" {
 		refuse("DATABASE_URL", "not set; it takes %s; rollcall -dev brings a database of its own", databaseForms)
 	}
-	if !c.authOff && cmp.Or(getenv("JWT_SECRET"), getenv("JWT_PUBLIC_KEY_FILE"), getenv("JWT_JWKS_URL")) == "" {
+	if !dev && !c.authOff && cmp.Or(getenv("JWT_SECRET"), getenv("JWT_PUBLIC_KEY_FILE"), getenv("JWT_JWKS_URL")) == "" {
 		refuse("AUTH", `"jwt" needs a key; set JWT_SECRET or JWT_PUBLIC_KEY_FILE, or AUTH=off to open the API to everyone`)
 	}
 	if c.tlsCertFile != "" || c.tlsKeyFile != "" {

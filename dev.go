@@ -17,50 +17,36 @@ import (
 // devDir is the folder of -dev, below the working directory.
 const devDir = ".dev"
 
-// configure reads the configuration, with .env. With dev it makes up for what both do
-// not set; private is then the database that it has started, or nil.
+// configure reads the configuration, with .env. With dev it makes what they lack: a secret,
+// and a database, which it starts; private is the zero one if it starts none.
 func configure(ctx context.Context, dev bool, getenv func(string) string, stderr io.Writer) (cfg config, private *privatePostgres, err error) {
+	private = new(privatePostgres)
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return cfg, nil, usageError(err.Error())
 	}
-	if dev {
-		if private, getenv, err = prepareDev(ctx, getenv, stderr); err != nil {
+	if cfg, err = loadConfig(getenv, dev); err != nil {
+		return cfg, nil, usageError(err.Error())
+	}
+	if dev && cmp.Or(getenv("JWT_SECRET"), getenv("JWT_PUBLIC_KEY_FILE")) == "" {
+		secret, err := devSecret(ctx, devDir)
+		if err != nil {
 			return cfg, nil, err
 		}
+		if err := cfg.setSecret(secret); err != nil {
+			return cfg, nil, usageError("JWT_SECRET: " + err.Error())
+		}
 	}
-	if cfg, err = loadConfig(getenv, dev); err != nil {
-		return cfg, nil, errors.Join(usageError(err.Error()), private.stop())
+	if dev && getenv("DATABASE_URL") == "" {
+		fmt.Fprintf(stderr, "rollcall: starting a private PostgreSQL, its data in %s\n", devDir)
+		unsetLibpq()
+		if private, err = startPostgres(ctx, devDir); err != nil {
+			return cfg, nil, err
+		}
+		if err := cfg.setDatabase(private.url()); err != nil {
+			return cfg, nil, errors.Join(usageError("DATABASE_URL: "+err.Error()), private.stop())
+		}
 	}
 	return cfg, private, nil
-}
-
-// prepareDev makes up for what the environment does not set: a secret, and a database,
-// which it starts. The database is nil if DATABASE_URL names one.
-func prepareDev(ctx context.Context, getenv func(string) string, stderr io.Writer) (
-	private *privatePostgres, completed func(string) string, err error) {
-	if getenv("DATABASE_URL") == "" {
-		unsetLibpq()
-	}
-	// A mistake in the rest of the configuration is found before anything is made.
-	made := map[string]string{"DATABASE_URL": "dbname=rollcall", "JWT_SECRET": strings.Repeat("x", minSecretBytes)}
-	completed = func(name string) string { return cmp.Or(getenv(name), made[name]) }
-	if _, err := loadConfig(completed, true); err != nil {
-		return nil, nil, usageError(err.Error())
-	}
-	delete(made, "JWT_SECRET")
-	if getenv("JWT_SECRET") == "" && getenv("JWT_PUBLIC_KEY_FILE") == "" {
-		if made["JWT_SECRET"], err = devSecret(ctx, devDir); err != nil {
-			return nil, nil, err
-		}
-	}
-	if getenv("DATABASE_URL") == "" {
-		fmt.Fprintf(stderr, "rollcall: starting a private PostgreSQL, its data in %s\n", devDir)
-		if private, err = startPostgres(ctx, devDir); err != nil {
-			return nil, nil, err
-		}
-		made["DATABASE_URL"] = private.url()
-	}
-	return private, completed, nil
 }
 
 // unsetLibpq removes libpq's variables, which lib/pq reads by itself, from the
@@ -80,7 +66,7 @@ func devSecret(ctx context.Context, dir string) (string, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", err
 	}
-	f, err := lockFile(ctx, filepath.Join(dir, "jwt_secret"), 10*time.Second)
+	f, err := lockFile(ctx, filepath.Join(dir, "jwt_secret"))
 	if err != nil {
 		return "", err
 	}

@@ -333,7 +333,7 @@ func TestChaosPgBouncer(t *testing.T) {
 			server.kill()
 		} else {
 			server.cancel()
-			<-server.exited()
+			<-server.done
 		}
 		server.serve()
 		l.wait(calls)
@@ -408,7 +408,7 @@ func TestBalancer(t *testing.T) {
 	}
 
 	server.cancel()
-	<-server.exited()
+	<-server.done
 	waitFor(t, "HAProxy to have asked in vain", func() bool {
 		return strings.Count(replicas[1].stderr.String(), `"path":"/health/ready","status":503`) > 2
 	})

@@ -422,7 +422,7 @@ func killDatabase(t *testing.T, d *privatePostgres) {
 			t.Fatal(err)
 		}
 	}
-	<-d.exited()
+	<-d.done
 }
 
 // processStat returns the state of a process and the pid of its parent, or

@@ -246,7 +246,7 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	case err := <-failed:
 		r.server.Close()
 		return err
-	case <-private.exited():
+	case <-private.done:
 		r.server.Close()
 		return errors.New("the private PostgreSQL has ended; .dev/postgres.log tells why")
 	}

@@ -32,6 +32,7 @@ import (
 //
 // PostgreSQL inherits the lock, and the kernel releases it when the last process that
 // has it ends, however it ends. A pid alone proves nothing: small ones are soon used again.
+// The zero value is none.
 type privatePostgres struct {
 	dir       string   // absolute, as PostgreSQL runs elsewhere
 	settings  []string // of the server, "name=value" each
@@ -42,7 +43,7 @@ type privatePostgres struct {
 	lock, log *os.File
 	account   *syscall.Credential // the user that PostgreSQL runs as; nil is our own
 	cancel    context.CancelFunc  // stops the server
-	done      chan struct{}       // closed when the server has ended
+	done      chan struct{}       // closed when the server has ended; nil if none was started
 	err       error               // how it ended; set before that
 }
 
@@ -76,33 +77,18 @@ func startPostgres(ctx context.Context, dir string, settings ...string) (*privat
 
 // url returns the connection string for lib/pq.
 func (p *privatePostgres) url() string {
-	host := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(p.sockets)
-	return fmt.Sprintf("host='%s' port=5432 user=rollcall dbname=rollcall sslmode=disable", host)
+	return setting("host", p.sockets) + "port=5432 user=rollcall dbname=rollcall sslmode=disable"
 }
 
-// exited returns a channel that is closed when the server has ended. For a nil p, it is
-// nil, and so never closed.
-func (p *privatePostgres) exited() <-chan struct{} {
-	if p == nil {
-		return nil
-	}
-	return p.done
-}
-
-// stop ends the server, and returns its error when it has ended. On a nil p, it does
-// nothing.
-func (p *privatePostgres) stop() (err error) {
-	if p == nil {
-		return nil
-	}
+// stop ends the server, if it was started, and returns its error when it has ended.
+func (p *privatePostgres) stop() error {
 	if p.done != nil {
 		p.cancel()
 		<-p.done
-		err = p.err
 	}
 	p.log.Close() // of a nil file, it does nothing
 	p.lock.Close()
-	return errors.Join(err, os.RemoveAll(p.temporary)) // of "", it removes nothing
+	return errors.Join(p.err, os.RemoveAll(p.temporary)) // of "", it removes nothing
 }
 
 func (p *privatePostgres) path(name string) string { return filepath.Join(p.dir, name) }
@@ -112,7 +98,7 @@ func (p *privatePostgres) lockFolder(ctx context.Context) (err error) {
 	if err := errors.Join(os.MkdirAll(p.dir, 0o700), os.Chmod(p.dir, 0o700)); err != nil {
 		return err
 	}
-	if p.lock, err = lockFile(ctx, p.path("lock"), 10*time.Second); errors.Is(err, syscall.EWOULDBLOCK) {
+	if p.lock, err = lockFile(ctx, p.path("lock")); errors.Is(err, syscall.EWOULDBLOCK) {
 		pid, _ := os.ReadFile(p.path("lock"))
 		return fmt.Errorf("another rollcall (process %s) or the PostgreSQL that it left uses this folder: stop it, "+
 			"the latter with kill -INT $(head -1 '%s'), or start this one elsewhere", pid, p.path("data/postmaster.pid"))
@@ -127,13 +113,13 @@ func (p *privatePostgres) lockFolder(ctx context.Context) (err error) {
 }
 
 // lockFile opens and locks a file, made if absent. The error is [syscall.EWOULDBLOCK]
-// if it is still locked elsewhere after the patience, or when ctx ends.
-func lockFile(ctx context.Context, name string, patience time.Duration) (*os.File, error) {
+// if it is still locked elsewhere after 10 s, or when ctx ends.
+func lockFile(ctx context.Context, name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		if err == nil {
 			return f, nil
@@ -198,10 +184,11 @@ func (p *privatePostgres) chooseAccount(context.Context) error {
 		return err
 	}
 	account, err := osuser.LookupId(fmt.Sprint(info.Sys().(*syscall.Stat_t).Uid))
-	for _, name := range []string{"postgres", "nobody"} {
-		if err != nil || account.Uid == "0" {
-			account, err = osuser.Lookup(name)
-		}
+	if err != nil || account.Uid == "0" {
+		account, err = osuser.Lookup("postgres")
+	}
+	if err != nil {
+		account, err = osuser.Lookup("nobody")
 	}
 	if err != nil {
 		return fmt.Errorf("PostgreSQL refuses to run as root: run rollcall as an ordinary user (%w)", err)
@@ -222,14 +209,14 @@ func (p *privatePostgres) initialize(ctx context.Context) error {
 	if err := os.RemoveAll(fresh); err != nil {
 		return err
 	}
-	letters := "C.UTF-8" // in C, lower() would fold ASCII alone
+	ctype := "C.UTF-8" // in C, lower() would fold ASCII alone
 	if runtime.GOOS == "darwin" {
-		letters = "en_US.UTF-8"
+		ctype = "en_US.UTF-8"
 	}
 	err := p.run(ctx, "initdb", "--pgdata="+fresh, "--username=rollcall", "--auth=trust",
-		"--encoding=UTF8", "--locale=C", "--lc-ctype="+letters,
+		"--encoding=UTF8", "--locale=C", "--lc-ctype="+ctype,
 		"--no-sync") // faster, and an empty database may be lost in a crash of the machine
-	if err := cmp.Or(err, ctx.Err()); err != nil {
+	if err != nil {
 		return err
 	}
 	return os.Rename(fresh, p.path("data"))
@@ -332,9 +319,6 @@ func (p *privatePostgres) run(ctx context.Context, program string, args ...strin
 	}
 	log, _ := os.ReadFile(p.log.Name())
 	lines := strings.Split(strings.TrimSpace(string(log)), "\n")
-	err = fmt.Errorf("%s failed (%w); %s ends with:\n%s", program, err, p.log.Name(), strings.Join(lines[max(0, len(lines)-10):], "\n"))
-	if p.account != nil {
-		err = fmt.Errorf("%w\nAs rollcall is root, it ran as user %d: if that is the cause, run rollcall as an ordinary user", err, p.account.Uid)
-	}
-	return err
+	end := strings.Join(lines[max(0, len(lines)-10):], "\n")
+	return fmt.Errorf("%s failed (%w); %s ends with:\n%s", program, err, p.log.Name(), end)
 }

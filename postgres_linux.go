@@ -6,11 +6,8 @@ func init() {
 	processAttributes = func(account *syscall.Credential) []*syscall.SysProcAttr {
 		// The kernel tells PostgreSQL to shut down when rollcall is gone, kill -9 included.
 		attr := syscall.SysProcAttr{Credential: account, Setpgid: true, Pdeathsig: syscall.SIGINT}
-		if account == nil {
-			return []*syscall.SysProcAttr{&attr}
-		}
-		// Below /root, PostgreSQL's user could not even reach its data: this one right of
-		// root lets it. Some sandboxes can't give it; the folder may be in reach there.
+		// Below /root, PostgreSQL's user could not even reach its data: this one right of root lets it.
+		// An ordinary user can't give it and needs none; nor can some sandboxes.
 		override := attr
 		override.AmbientCaps = []uintptr{1} // CAP_DAC_OVERRIDE of <linux/capability.h>
 		return []*syscall.SysProcAttr{&override, &attr}

@@ -17,7 +17,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // When this variable names a folder, the test binary is no test: it starts the
@@ -35,7 +34,7 @@ func init() {
 		os.Exit(1)
 	}
 	fmt.Println("ready")
-	<-d.exited()
+	<-d.done
 	os.Exit(1)
 }
 
@@ -69,7 +68,7 @@ func stopPrivate(t *testing.T, d *privatePostgres) {
 // for long: each of them has the lock.
 func assertNoServer(t *testing.T, dir string) {
 	t.Helper()
-	f, err := lockFile(t.Context(), filepath.Join(dir, "lock"), 10*time.Second)
+	f, err := lockFile(t.Context(), filepath.Join(dir, "lock"))
 	if err != nil {
 		t.Errorf("PostgreSQL still runs: %v", err)
 	}
@@ -193,7 +192,7 @@ func TestPrivatePostgresAfterServerWasKilled(t *testing.T) {
 	d := startPrivate(t, dir)
 	queryPostgres(t, d, "CREATE TABLE kept AS SELECT 'recovered' AS word; SELECT word FROM kept")
 	syscall.Kill(serverPid(t, d), syscall.SIGKILL)
-	<-d.exited()
+	<-d.done
 	if err := d.stop(); err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("stop: got %v, want to hear that it was killed", err)
 	}
