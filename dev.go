@@ -28,7 +28,7 @@ func configure(ctx context.Context, dev bool, getenv func(string) string, stderr
 		return cfg, nil, usageError(err.Error())
 	}
 	if dev && cmp.Or(getenv("JWT_SECRET"), getenv("JWT_PUBLIC_KEY_FILE")) == "" {
-		secret, err := devSecret(ctx, devDir)
+		secret, err := devSecret(devDir)
 		if err != nil {
 			return cfg, nil, err
 		}
@@ -60,23 +60,18 @@ func unsetLibpq() {
 	}
 }
 
-// devSecret returns the key that signs the tokens of rollcall -dev. It is kept in dir,
-// so that a token outlives a restart. Of several that start at once, the first makes it.
-func devSecret(ctx context.Context, dir string) (string, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+// devSecret returns the key that signs the tokens of rollcall -dev. It is kept in dir, so
+// that a token outlives a restart.
+func devSecret(dir string) (string, error) {
+	name, fresh := filepath.Join(dir, "jwt_secret"), filepath.Join(dir, "jwt_secret."+rand.Text())
+	secret := rand.Text() + rand.Text() + "\n" // 260 random bits
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(fresh, []byte(secret), 0o600)); err != nil {
 		return "", err
 	}
-	f, err := lockFile(ctx, filepath.Join(dir, "jwt_secret"))
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(f)
-	if err == nil && len(b) == 0 {
-		b = []byte(rand.Text() + rand.Text() + "\n") // 260 random bits
-		_, err = f.Write(b)
-	}
-	return strings.TrimSpace(string(b)), err
+	defer os.Remove(fresh)
+	os.Link(fresh, name) // fails if there is one: the first to come makes it
+	kept, err := os.ReadFile(name)
+	return strings.TrimSpace(string(kept)), err
 }
 
 // printQuickstart prints what a newcomer needs next: a token, and lines to paste.

@@ -14,7 +14,7 @@ func TestDevSecret(t *testing.T) {
 	secrets := make([]string, 8)
 	for i := range secrets { // all at once: they have to agree
 		wg.Go(func() {
-			secret, err := devSecret(t.Context(), dir)
+			secret, err := devSecret(dir)
 			if err != nil {
 				t.Error(err)
 			}
@@ -34,7 +34,7 @@ func TestDevSecret(t *testing.T) {
 	if info, err := os.Stat(filepath.Join(dir, "jwt_secret")); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the file: %v, %v, want it readable for its owner alone", info.Mode(), err)
 	}
-	if other, _ := devSecret(t.Context(), t.TempDir()); other == secrets[0] {
+	if other, _ := devSecret(t.TempDir()); other == secrets[0] {
 		t.Error("another folder has the same secret")
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -90,15 +89,13 @@ func newPrimary(t *testing.T) *node {
 // serve starts the server, and does not wait until it answers.
 func (n *node) serve() {
 	n.t.Helper()
-	// What a killed server leaves; its processes are gone.
-	if err := os.Remove(n.path("data/postmaster.pid")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	n.settings = []string{"listen_addresses=127.0.0.1", "port=" + n.port, "unix_socket_directories=", "max_connections=200",
+		"wal_retrieve_retry_interval=500ms", // as README.md has it: a standby that waits for more is promoted after that
+		"fsync=off",                         // kill -9 takes nothing back from the kernel
+		"dynamic_shared_memory_type=mmap"}   // in the folder, to go with it
+	if err := n.startServer(n.t.Context()); err != nil {
 		n.t.Fatal(err)
 	}
-	n.privatePostgres.serve("-D", n.path("data"), "-c", "listen_addresses=127.0.0.1", "-c", "port="+n.port,
-		"-c", "unix_socket_directories=", "-c", "max_connections=200",
-		"-c", "wal_retrieve_retry_interval=500ms", // as README.md has it: a standby that waits for more is promoted after that
-		"-c", "fsync=off", // kill -9 takes nothing back from the kernel
-		"-c", "dynamic_shared_memory_type=mmap") // in the folder, to go with it
 }
 
 // replicate starts a standby of n on that port, and makes it synchronous: a

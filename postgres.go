@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -21,8 +22,8 @@ import (
 )
 
 // A privatePostgres is the PostgreSQL of rollcall -dev and of the tests: made, started
-// and stopped by this process. All that it has is in one folder, which is closed to all
-// other users of the machine, so there is no password, and no TCP port:
+// and stopped by this process; the zero value is none. All that it has is in one folder,
+// which is closed to all other users of the machine, so there is no password, and no TCP port:
 //
 //	data/         the database cluster with its unix socket, kept between runs
 //	data.new/     a cluster that initdb still makes; renamed to data when complete
@@ -32,19 +33,18 @@ import (
 //
 // PostgreSQL inherits the lock, and the kernel releases it when the last process that
 // has it ends, however it ends. A pid alone proves nothing: small ones are soon used again.
-// The zero value is none.
 type privatePostgres struct {
 	dir       string   // absolute, as PostgreSQL runs elsewhere
 	settings  []string // of the server, "name=value" each
 	version   int      // major, of the PostgreSQL that made the data; 0 if there is none yet
 	programs  string   // the folder of PostgreSQL's programs
 	sockets   string   // the folder of the unix socket, as clients see it
-	temporary string   // a folder that goes with the server, if there is one
+	link      string   // sockets, if it is a symbolic link that goes with the server
 	lock, log *os.File
 	account   *syscall.Credential // the user that PostgreSQL runs as; nil is our own
 	cancel    context.CancelFunc  // stops the server
-	done      chan struct{}       // closed when the server has ended; nil if none was started
-	err       error               // how it ended; set before that
+	done      chan struct{}       // closed when the server has ended; nil before its start
+	err       error               // how it ended; set before done is closed
 }
 
 const (
@@ -88,47 +88,38 @@ func (p *privatePostgres) stop() error {
 	}
 	p.log.Close() // of a nil file, it does nothing
 	p.lock.Close()
-	return errors.Join(p.err, os.RemoveAll(p.temporary)) // of "", it removes nothing
+	return errors.Join(p.err, os.RemoveAll(p.link)) // of "", it removes nothing
 }
 
 func (p *privatePostgres) path(name string) string { return filepath.Join(p.dir, name) }
 
-// lockFolder makes the folder if it is absent, closes it to other users, and locks it.
+// lockFolder makes the folder if it is absent, closes it to other users, and locks it. A
+// PostgreSQL that a rollcall has left gets 10 s to end.
 func (p *privatePostgres) lockFolder(ctx context.Context) (err error) {
 	if err := errors.Join(os.MkdirAll(p.dir, 0o700), os.Chmod(p.dir, 0o700)); err != nil {
 		return err
 	}
-	if p.lock, err = lockFile(ctx, p.path("lock")); errors.Is(err, syscall.EWOULDBLOCK) {
+	if p.lock, err = os.OpenFile(p.path("lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err = syscall.Flock(int(p.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err != syscall.EWOULDBLOCK || ctx.Err() != nil || time.Now().After(deadline) {
+			break
+		}
+	}
+	if err == syscall.EWOULDBLOCK {
 		pid, _ := os.ReadFile(p.path("lock"))
 		return fmt.Errorf("another rollcall (process %s) or the PostgreSQL that it left uses this folder: stop it, "+
 			"the latter with kill -INT $(head -1 '%s'), or start this one elsewhere", pid, p.path("data/postmaster.pid"))
-	} else if err != nil {
-		return err
 	}
-	if err := os.WriteFile(p.path("lock"), fmt.Append(nil, os.Getpid()), 0o600); err != nil {
-		return err
-	}
-	p.log, err = os.OpenFile(p.path("postgres.log"), os.O_CREATE|os.O_WRONLY|os.O_TRUNC|os.O_APPEND, 0o600)
-	return err
-}
-
-// lockFile opens and locks a file, made if absent. The error is [syscall.EWOULDBLOCK]
-// if it is still locked elsewhere after 10 s, or when ctx ends.
-func lockFile(ctx context.Context, name string) (*os.File, error) {
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if err != syscall.EWOULDBLOCK || ctx.Err() != nil || time.Now().After(deadline) {
-			f.Close()
-			return nil, err
-		}
+	if p.log, err = os.OpenFile(p.path("postgres.log"), os.O_CREATE|os.O_WRONLY|os.O_TRUNC|os.O_APPEND, 0o600); err != nil {
+		return err
 	}
+	return os.WriteFile(p.path("lock"), fmt.Append(nil, os.Getpid()), 0o600)
 }
 
 // choosePrograms finds programs that can read the data, or any if there is none yet.
@@ -150,7 +141,7 @@ func (p *privatePostgres) choosePrograms(context.Context) (err error) {
 // programs of major version want, as no other can read its data; 0 is any version.
 func findPrograms(folders string, want int) (string, error) {
 	for _, folder := range filepath.SplitList(folders) {
-		if !filepath.IsAbs(folder) { // what is in the working folder is not ours to run
+		if !filepath.IsAbs(folder) { // as os/exec, run nothing from the working directory
 			continue
 		}
 		found, _ := filepath.Glob(filepath.Join(folder, "postgres")) // its only error is a bad pattern
@@ -172,9 +163,8 @@ func findPrograms(folders string, want int) (string, error) {
 		"name the folder of its programs in PGBIN, or set DATABASE_URL", oldestPostgres)
 }
 
-// chooseAccount chooses the user that PostgreSQL runs as, and gives the folder to that
-// user. PostgreSQL refuses to run as root: root starts it as the owner of the folder,
-// or if that is root too, as the user postgres or else nobody.
+// chooseAccount gives the folder to the user that PostgreSQL runs as where rollcall is
+// root, as which it refuses to: the folder's owner or, if that is root, postgres or nobody.
 func (p *privatePostgres) chooseAccount(context.Context) error {
 	if os.Geteuid() != 0 {
 		return nil
@@ -216,45 +206,39 @@ func (p *privatePostgres) initialize(ctx context.Context) error {
 	err := p.run(ctx, "initdb", "--pgdata="+fresh, "--username=rollcall", "--auth=trust",
 		"--encoding=UTF8", "--locale=C", "--lc-ctype="+ctype,
 		"--no-sync") // faster, and an empty database may be lost in a crash of the machine
-	if err != nil {
+	if err := cmp.Or(err, ctx.Err()); err != nil {
 		return err
 	}
 	return os.Rename(fresh, p.path("data"))
 }
 
 // startServer starts the server, and does not wait until it answers.
-func (p *privatePostgres) startServer(context.Context) (err error) {
+func (p *privatePostgres) startServer(context.Context) error {
 	// A killed server leaves these, and the next one would refuse to start if any
 	// process has the pid in them. The lock tells that the server is gone.
 	os.Remove(p.path("data/postmaster.pid"))
 	os.Remove(p.path("data/.s.PGSQL.5432.lock"))
 	args := []string{"-D", p.path("data")}
-	for _, setting := range append(slices.Clone(p.settings), // the last one wins
-		"listen_addresses=", "port=5432", "unix_socket_directories=.", "unix_socket_permissions=0700") {
+	for _, setting := range append([]string{
+		"listen_addresses=", "port=5432", "unix_socket_directories=.", "unix_socket_permissions=0700",
+	}, p.settings...) { // the last one wins
 		args = append(args, "-c", setting)
 	}
-	p.serve(args...)
-	// Clients need another way to a socket whose path is too long for them (more than 107
-	// bytes on Linux, 103 on macOS and the BSDs), or whose comma would end a host's name.
-	p.sockets = p.path("data")
-	if len(p.sockets+"/.s.PGSQL.5432") > 103 || strings.Contains(p.sockets, ",") {
-		if p.temporary, err = os.MkdirTemp("", "rollcall-"); err != nil {
-			return err
-		}
-		p.sockets = filepath.Join(p.temporary, "data")
-		return os.Symlink(p.path("data"), p.sockets)
-	}
-	return nil
-}
-
-// serve runs the server in the background.
-func (p *privatePostgres) serve(args ...string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p.cancel, p.done = cancel, make(chan struct{})
 	go func() {
 		defer close(p.done)
 		p.err = p.run(ctx, "postgres", args...)
 	}()
+	p.sockets = p.path("data")
+	// Clients take no path of a socket over 107 bytes (Linux) or 103 (macOS and the BSDs), and
+	// a comma would end the name of a host.
+	if len(p.sockets+"/.s.PGSQL.5432") > 103 || strings.Contains(p.sockets, ",") {
+		p.link = filepath.Join(os.TempDir(), "rollcall-"+rand.Text())
+		p.sockets = p.link
+		return os.Symlink(p.path("data"), p.link)
+	}
+	return nil
 }
 
 // waitReady waits until the server answers, and makes the database if it is absent.
@@ -283,30 +267,28 @@ func (p *privatePostgres) waitReady(ctx context.Context) error {
 	}
 }
 
-// processAttributes returns how to start a program, the best way first. The program
-// leads a process group, so that Ctrl-C does not reach it: requests in flight need
-// PostgreSQL while rollcall drains. Linux does more: see postgres_linux.go.
+// processAttributes returns how to start a program, the best way first; for Linux, see
+// postgres_linux.go. In a process group of its own, Ctrl-C does not reach PostgreSQL, which
+// requests in flight still need.
 var processAttributes = func(account *syscall.Credential) []*syscall.SysProcAttr {
 	return []*syscall.SysProcAttr{{Credential: account, Setpgid: true}}
 }
 
-// run runs one of PostgreSQL's programs until it ends, which it is told to when ctx
-// ends. The error quotes the end of the log.
+// run runs one of PostgreSQL's programs until it ends, or interrupts it when ctx ends. The
+// error quotes the end of the log.
 func (p *privatePostgres) run(ctx context.Context, program string, args ...string) (err error) {
-	// Linux ends the program when the thread that has started it ends, which may be long
-	// before the process does: so this goroutine keeps its thread.
+	// Linux ends the program with the thread that started it, so this goroutine keeps its thread.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	for _, attr := range processAttributes(p.account) {
 		cmd := exec.CommandContext(ctx, filepath.Join(p.programs, program), args...)
 		cmd.Cancel = func() error {
 			cmd.Process.Signal(syscall.SIGINT) // for a server, a fast shutdown: it ends all sessions
-			return os.ErrProcessDone           // how it ends is what Run returns, not that ctx has ended
+			return os.ErrProcessDone           // so that Run returns how it ends, not ctx.Err()
 		}
-		cmd.WaitDelay = 15 * time.Second // then it is killed
-		cmd.Dir = "/"                    // PostgreSQL's user may not be allowed into ours
-		// No more than this: PGDATA, PGOPTIONS or LANG would have their effect.
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C", "TZ=UTC"}
+		cmd.WaitDelay = 15 * time.Second                                      // then it is killed
+		cmd.Dir = "/"                                                         // PostgreSQL's user may not be allowed into ours
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C", "TZ=UTC"} // without PGDATA and the like
 		cmd.Stdout, cmd.Stderr = p.log, p.log
 		cmd.ExtraFiles = []*os.File{p.lock}
 		cmd.SysProcAttr = attr

@@ -57,7 +57,7 @@ func stopPrivate(t *testing.T, d *privatePostgres) {
 		t.Error(err)
 	}
 	assertNoServer(t, d.dir)
-	for _, name := range []string{d.path("data/.s.PGSQL.5432"), d.path("data/postmaster.pid"), cmp.Or(d.temporary, "/none")} {
+	for _, name := range []string{d.path("data/.s.PGSQL.5432"), d.path("data/postmaster.pid"), cmp.Or(d.link, "/none")} {
 		if exists(name) {
 			t.Errorf("%s is still there", name)
 		}
@@ -68,11 +68,11 @@ func stopPrivate(t *testing.T, d *privatePostgres) {
 // for long: each of them has the lock.
 func assertNoServer(t *testing.T, dir string) {
 	t.Helper()
-	f, err := lockFile(t.Context(), filepath.Join(dir, "lock"))
-	if err != nil {
+	p := &privatePostgres{dir: dir}
+	if err := p.lockFolder(t.Context()); err != nil {
 		t.Errorf("PostgreSQL still runs: %v", err)
 	}
-	f.Close()
+	p.stop()
 }
 
 // chown gives a file to the user that PostgreSQL runs as.
