@@ -167,11 +167,11 @@ func checkDatabase(cfg *pq.Config) (warnings []string, err error) {
 		warnings = append(warnings, "DATABASE_URL: channel_binding=require: the driver, lib/pq, has no channel binding, "+
 			"so nothing proves that the server is the right one; sslmode=verify-full does")
 	}
-	hosts := append([]pq.ConfigMultihost{{Host: cfg.Host, Hostaddr: cfg.Hostaddr}}, cfg.Multi...)
+	first := pq.ConfigMultihost{Host: cfg.Host, Hostaddr: cfg.Hostaddr}
 	isTCP := func(h pq.ConfigMultihost) bool {
 		return h.Hostaddr.IsValid() || !filepath.IsAbs(h.Host) && !strings.HasPrefix(h.Host, "@")
 	}
-	if !isTCP(hosts[0]) && slices.ContainsFunc(hosts, isTCP) {
+	if !isTCP(first) && slices.ContainsFunc(cfg.Multi, isTCP) {
 		return nil, errors.New("has a unix socket in front of other hosts, which then go without TLS: put it last")
 	}
 	return warnings, nil

@@ -49,9 +49,8 @@ func configure(ctx context.Context, dev bool, getenv func(string) string, stderr
 	return cfg, private, nil
 }
 
-// unsetLibpq removes libpq's variables, which lib/pq reads by itself, from the
-// environment: a connection string can't override all of them (PGHOSTADDR, PGSERVICE).
-// PGBIN is ours.
+// unsetLibpq removes libpq's variables, which lib/pq reads, from the environment: a
+// connection string can't override all of them (PGHOSTADDR, PGSERVICE). PGBIN is ours.
 func unsetLibpq() {
 	for _, variable := range os.Environ() {
 		if name, _, _ := strings.Cut(variable, "="); isLibpq(name) && name != "PGBIN" {

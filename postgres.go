@@ -122,8 +122,9 @@ func (p *privatePostgres) lockFolder(ctx context.Context) (err error) {
 	return os.WriteFile(p.path("lock"), fmt.Append(nil, os.Getpid()), 0o600)
 }
 
-// choosePrograms finds programs that can read the data, or any if there is none yet.
-func (p *privatePostgres) choosePrograms(context.Context) (err error) {
+// choosePrograms finds the programs of the PostgreSQL that made the data, as no other
+// version can read it, or of any if there is no data yet.
+func (p *privatePostgres) choosePrograms(context.Context) error {
 	if files, _ := os.ReadDir(p.path("data")); len(files) > 0 {
 		name := p.path("data/PG_VERSION")
 		b, _ := os.ReadFile(name)
@@ -132,15 +133,7 @@ func (p *privatePostgres) choosePrograms(context.Context) (err error) {
 				"restore the data from a copy, or move the folder away to start afresh", name)
 		}
 	}
-	folders := cmp.Or(os.Getenv("PGBIN"), os.Getenv("PATH")+":"+usualFolders)
-	p.programs, err = findPrograms(folders, p.version)
-	return err
-}
-
-// findPrograms returns the first of folders, a list of patterns, that has PostgreSQL's
-// programs of major version want, as no other can read its data; 0 is any version.
-func findPrograms(folders string, want int) (string, error) {
-	for _, folder := range filepath.SplitList(folders) {
+	for _, folder := range filepath.SplitList(cmp.Or(os.Getenv("PGBIN"), os.Getenv("PATH")+":"+usualFolders)) {
 		if !filepath.IsAbs(folder) { // as os/exec, run nothing from the working directory
 			continue
 		}
@@ -150,16 +143,17 @@ func findPrograms(folders string, want int) (string, error) {
 			var version int
 			out, _ := exec.Command(program, "--version").Output()
 			fmt.Sscanf(string(out), "postgres (PostgreSQL) %d", &version) // 0 if it is something else
-			if version >= oldestPostgres && (version == want || want == 0) {
-				return filepath.Dir(program), nil
+			if version >= oldestPostgres && (version == p.version || p.version == 0) {
+				p.programs = filepath.Dir(program)
+				return nil
 			}
 		}
 	}
-	if want != 0 {
-		return "", fmt.Errorf("the data was made by PostgreSQL %[1]d, and no PostgreSQL %[1]d that rollcall supports (%d or newer) was found: "+
-			"install it, or move the folder away to start afresh", want, oldestPostgres)
+	if p.version != 0 {
+		return fmt.Errorf("the data was made by PostgreSQL %[1]d, and no PostgreSQL %[1]d that rollcall supports (%d or newer) was found: "+
+			"install it, or move the folder away to start afresh", p.version, oldestPostgres)
 	}
-	return "", fmt.Errorf("no server of PostgreSQL %d or newer was found: install the package postgresql (postgresql-server on Fedora), "+
+	return fmt.Errorf("no server of PostgreSQL %d or newer was found: install the package postgresql (postgresql-server on Fedora), "+
 		"name the folder of its programs in PGBIN, or set DATABASE_URL", oldestPostgres)
 }
 

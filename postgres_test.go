@@ -393,7 +393,7 @@ func TestPrivatePostgresThatFails(t *testing.T) {
 
 // Not parallel: a program that was just written can't be started ("text file busy")
 // while a child of another test, just forked, has it open for writing as well.
-func TestFindPrograms(t *testing.T) {
+func TestChoosePrograms(t *testing.T) {
 	fake := func(version string) string {
 		dir := t.TempDir()
 		script := fmt.Sprintf("#!/bin/sh\necho 'postgres (PostgreSQL) %s (Debian)'\n", version)
@@ -421,9 +421,11 @@ func TestFindPrograms(t *testing.T) {
 		{"too old", []string{v9, v13}, 0, "", "no server of PostgreSQL 14 or newer"},
 		{"none", []string{empty, "", "no/such"}, 0, "", "install the package postgresql"},
 	} {
-		found, err := findPrograms(strings.Join(test.folders, ":"), test.want)
-		if found != test.found || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
-			t.Errorf("%s: got %q, %v, want %q, %s", test.name, found, err, test.found, test.err)
+		t.Setenv("PGBIN", strings.Join(test.folders, ":"))
+		p := &privatePostgres{dir: empty, version: test.want}
+		err := p.choosePrograms(t.Context())
+		if p.programs != test.found || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+			t.Errorf("%s: got %q, %v, want %q, %s", test.name, p.programs, err, test.found, test.err)
 		}
 	}
 

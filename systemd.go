@@ -49,27 +49,23 @@ func newManager(getenv func(string) string) (m manager, err error) {
 	if cmp.Or(numbers["WATCHDOG_PID"], pid) == pid {
 		m.watchdog = time.Duration(numbers["WATCHDOG_USEC"]) * time.Microsecond
 	}
-	if numbers["LISTEN_PID"] == pid {
-		m.listener, err = passedListener(numbers["LISTEN_FDS"])
+	if numbers["LISTEN_PID"] != pid {
+		return m, nil
 	}
-	return m, err
-}
-
-// passedListener returns the listener of the one socket that was passed.
-func passedListener(sockets uint64) (net.Listener, error) {
-	if sockets != 1 {
-		return nil, fmt.Errorf("LISTEN_FDS: %d; rollcall takes exactly 1 socket", sockets)
+	if n := numbers["LISTEN_FDS"]; n != 1 {
+		return manager{}, fmt.Errorf("LISTEN_FDS: %d; rollcall takes exactly 1 socket", n)
 	}
 	const fd = 3 // SD_LISTEN_FDS_START of <systemd/sd-daemon.h>
 	// Look before touching it: if the environment is wrong, it may be any file.
 	listens, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
 	if err != nil || listens == 0 {
-		return nil, fmt.Errorf("LISTEN_FDS: file descriptor %d is not a socket that listens; "+
+		return manager{}, fmt.Errorf("LISTEN_FDS: file descriptor %d is not a socket that listens; "+
 			"a socket unit needs ListenStream= and Accept=no", fd)
 	}
 	f := os.NewFile(fd, "LISTEN_FDS")
 	defer f.Close() // the listener has a copy
-	return net.FileListener(f)
+	m.listener, err = net.FileListener(f)
+	return m, err
 }
 
 // listen returns the listener that was passed, or else one of its own. The error is a
