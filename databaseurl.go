@@ -34,8 +34,8 @@ var safeReason = regexp.MustCompile(`^pq: ((wrong value for|unsupported|environm
 var settingName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 
 // parseDatabaseURL returns what to connect with, and warnings. It takes all that lib/pq takes and in addition what libpq,
-// and so psql, understands in a URL. What neither raw nor the PG variables of the environment settle is settled for a
-// service: sslmode=prefer as libpq has it, a connect_timeout, and a name to be recognized by. Its errors never quote raw.
+// and so psql, understands in a URL. The defaults, behind raw and the PG variables of the environment, are those of a
+// service: sslmode=prefer as in libpq, a connect_timeout and an application_name. Its errors never quote raw.
 func parseDatabaseURL(raw string) (cfg pq.Config, warnings []string, err error) {
 	dsn := raw
 	// In the other form, a space at the end may be an escaped one.
@@ -101,6 +101,7 @@ func keywordForm(rest string) (dsn string, err error) {
 	return dsn, nil
 }
 
+// setting returns a setting in that form, with a space behind it.
 func setting(name, value string) string {
 	return name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "' "
 }

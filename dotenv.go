@@ -13,8 +13,8 @@ import (
 	"unicode/utf8"
 )
 
-// dotenvFile is read by serving and by "rollcall token", and by no other command.
-var dotenvFile = ".env" // not by the tests, which would find what the developer has
+// dotenvFile is read by serving and by "rollcall token", and by no other command. The tests change it.
+var dotenvFile = ".env"
 
 const maxDotenv = 1 << 20 // bytes: a .env is a page of text, and whatever is larger got its name by mistake
 
@@ -107,8 +107,8 @@ var (
 	dotenvComment = regexp.MustCompile(`[ \t\r]#.*`)
 )
 
-// readStatement returns the name and the value at the start of text, no name for a comment, and the lines behind. Where a
-// quote is not closed, these begin with the next one: the quote may be the mistake.
+// readStatement returns the name and the value at the start of text, no name for a comment, and the rest of text. Behind
+// a quote that is not closed, this is the next line: the quote may be the mistake.
 func readStatement(text string) (name, value, rest, mistake string) {
 	line, rest, _ := strings.Cut(text, "\n")
 	if line == "" || line[0] == '#' {

@@ -22,10 +22,10 @@ import (
 // handed on to children.
 var managerVariables = []string{"LISTEN_PID", "LISTEN_FDS", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
 
-// A manager is what started the process and looks after it. The zero manager is nobody.
+// A manager is the service manager that started the process. The zero manager is none.
 type manager struct {
 	listener   net.Listener  // the socket that it passed; nil if it passed none
-	socketName string        // where it wants to be told; empty if it does not
+	socketName string        // where notify sends to; empty if nowhere
 	watchdog   time.Duration // it restarts a process silent for this long; 0 if it does not
 }
 
@@ -69,9 +69,9 @@ func newManager(getenv func(string) string) (m manager, err error) {
 }
 
 // listen returns the listener that was passed, or else one of its own. The error is a
-// [usageError] where it is not the port that keeps the service from listening: HOST is a
-// name that nobody knows, an address of another machine (EADDRNOTAVAIL), an unknown
-// interface (EINVAL), or of IPv6 where there is none (EAFNOSUPPORT).
+// [usageError] where HOST is at fault, and not the port: an unknown name, an address of
+// another machine (EADDRNOTAVAIL), an unknown interface (EINVAL), or IPv6 on a machine that
+// has none (EAFNOSUPPORT).
 func (m manager) listen(cfg config) (net.Listener, error) {
 	if m.listener != nil {
 		return m.listener, nil
