@@ -157,8 +157,8 @@ func (p *privatePostgres) choosePrograms(context.Context) error {
 		"name the folder of its programs in PGBIN, or set DATABASE_URL", oldestPostgres)
 }
 
-// chooseAccount gives the folder to the user that PostgreSQL runs as where rollcall is
-// root, as which it refuses to: the folder's owner or, if that is root, postgres or nobody.
+// chooseAccount chooses another user for PostgreSQL if rollcall is root, and gives it the
+// folder: the folder's owner or, as PostgreSQL refuses to run as root, postgres or nobody.
 func (p *privatePostgres) chooseAccount(context.Context) error {
 	if os.Geteuid() != 0 {
 		return nil
@@ -280,9 +280,10 @@ func (p *privatePostgres) run(ctx context.Context, program string, args ...strin
 			cmd.Process.Signal(syscall.SIGINT) // for a server, a fast shutdown: it ends all sessions
 			return os.ErrProcessDone           // so that Run returns how it ends, not ctx.Err()
 		}
-		cmd.WaitDelay = 15 * time.Second                                      // then it is killed
-		cmd.Dir = "/"                                                         // PostgreSQL's user may not be allowed into ours
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C", "TZ=UTC"} // without PGDATA and the like
+		cmd.WaitDelay = 15 * time.Second // then it is killed
+		cmd.Dir = "/"                    // PostgreSQL's user may not be allowed into ours
+		// No more than this: PGDATA or LANG would have their effect.
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C", "TZ=UTC"}
 		cmd.Stdout, cmd.Stderr = p.log, p.log
 		cmd.ExtraFiles = []*os.File{p.lock}
 		cmd.SysProcAttr = attr
