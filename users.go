@@ -41,7 +41,7 @@ func (u *user) appendJSON(b []byte) []byte {
 // [errAmbiguous] leaves open whether the write was made.
 type userStore interface {
 	// create stores a new user. The error is [errEmailTaken] if another user has the
-	// address. With an id of an Idempotency-Key (see idempotency.go) it returns the
+	// address. With an id of an Idempotency-Key (see ids.go) it returns the
 	// user that was created with this id before, if there is one, and the error is
 	// [errKeyReused] if the key was used with another body.
 	create(ctx context.Context, u newUser) (user, error)
