@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// version is what changes with every update of the user: its updated_at in
-// microseconds since 1970.
+// version is the updated_at of the user in microseconds since 1970: it changes with
+// every update.
 func (u *user) version() string {
 	return strconv.FormatInt(clampTime(u.UpdatedAt).UnixMicro(), 10)
 }
@@ -24,26 +24,22 @@ type preconditions struct {
 }
 
 // matched reports whether If-Match, if given, allows the version of the user.
-func (p preconditions) matched(u *user) bool {
-	return p.match == nil || holds(*p.match, u.version())
-}
+func (p preconditions) matched(u *user) bool { return p.match == nil || u.isIn(*p.match) }
 
 // noneMatched reports whether If-None-Match, if given, allows the version of the user.
-func (p preconditions) noneMatched(u *user) bool {
-	return p.noneMatch == nil || !holds(*p.noneMatch, u.version())
+func (p preconditions) noneMatched(u *user) bool { return p.noneMatch == nil || !u.isIn(*p.noneMatch) }
+
+// isIn reports whether a list of comma-separated versions, or "*", has that of the user.
+func (u *user) isIn(list string) bool {
+	return list == "*" || slices.Contains(strings.Split(list, ","), u.version())
 }
 
-// whyNot returns why a write has left out a user who is there.
-func (p preconditions) whyNot(u *user) error {
+// skipReason returns the error of a write that has left out the user.
+func (p preconditions) skipReason(u *user) error {
 	if p.matched(u) && p.noneMatched(u) {
 		return errSkipped
 	}
 	return errPrecondition
-}
-
-// holds reports whether a list of comma-separated versions, or "*", has version.
-func holds(list, version string) bool {
-	return list == "*" || slices.Contains(strings.Split(list, ","), version)
 }
 
 // parsePreconditions reads the two fields. If-None-Match compares weakly, so W/
@@ -57,7 +53,7 @@ func parsePreconditions(h http.Header) preconditions {
 }
 
 // The grammar of a list of entity tags (RFC 9110, sections 5.6.1, 8.8.3 and 13.1.1),
-// whose empty elements count for nothing, and that of a tag of ours.
+// which may have empty elements, and that of a tag of ours.
 const anyTag = `(?:(?:W/)?"[^\x00-\x20"\x7f]*"[ \t]*)?`
 
 var (
@@ -65,10 +61,10 @@ var (
 	versionTag = regexp.MustCompile(`(W/)?"(-?\d+)"`)
 )
 
-// parseTags returns the versions in a list of entity tags, "*" for a field that is
-// just that, and nil for none. A tag that can't be one of ours matches nothing, and so
-// does anything that is no list of tags: a request with a broken If-Match fails rather
-// than overwrite what it meant to protect. Several lines are one list (section 5.3).
+// parseTags returns the versions in a list of entity tags, "*" for a field that is just
+// that, and nil for none. A tag that can't be ours matches nothing, and so does what is no
+// list of tags: a broken If-Match fails rather than overwrite what it meant to protect.
+// Several lines are one list (section 5.3).
 func parseTags(fields []string, weak bool) *string {
 	if len(fields) == 0 {
 		return nil
@@ -77,12 +73,13 @@ func parseTags(fields []string, weak bool) *string {
 	if list == "*" {
 		return &list
 	}
+	if !tagList.MatchString(list) {
+		list = ""
+	}
 	var versions []string
-	if tagList.MatchString(list) {
-		for _, tag := range versionTag.FindAllStringSubmatch(list, -1) {
-			if weak || tag[1] == "" {
-				versions = append(versions, tag[2])
-			}
+	for _, tag := range versionTag.FindAllStringSubmatch(list, -1) {
+		if weak || tag[1] == "" {
+			versions = append(versions, tag[2])
 		}
 	}
 	list = strings.Join(versions, ",")

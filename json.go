@@ -16,29 +16,20 @@ import (
 	"unicode/utf8"
 )
 
-// JSON comes in by readJSON and walkObject, and goes out by appendJSONString.
+// JSON comes in by readJSON and walkObject, and goes out by appendJSONString and
+// clampTime.
 //
-// encoding/json alone is too kind for a service that must not guess: it takes
-// the last of two members of one name, matches names in any letter case, and
-// turns broken UTF-8 and lone surrogates into U+FFFD. So the standard library
-// judges the syntax here, and the walk over what it found valid is ours.
+// encoding/json alone is too kind for a service that must not guess: it takes the last
+// of two members of one name, matches names in any letter case, and turns broken UTF-8
+// and lone surrogates into U+FFFD. So it judges the syntax here, and no more.
 
-// errNotObject is what [walkObject] says of valid JSON that is no object.
+// errNotObject is the error of [walkObject] for valid JSON that is no object.
 var errNotObject = unprocessable("A JSON object is expected")
 
-// malformedJSON returns the error of text that is not JSON (RFC 8259), with the byte
-// at which it became clear, from 1.
-func malformedJSON(offset int64, reason string) error {
-	return &apiError{kind: kindMalformed, message: fmt.Sprintf("Malformed JSON at byte %d: %s", offset, reason)}
-}
-
-// walkObject calls member for each member of the JSON object that data holds,
-// in its order, with the unescaped name and the raw value without surrounding
-// white space. It stops at the first error of member and returns it.
-//
-// Before the first call, all of data has been found to be one valid JSON value
-// in UTF-8, without lone surrogates; if not, the error is [malformedJSON]. For
-// a value that is not an object it is [errNotObject].
+// walkObject calls member for each member of the JSON object that data holds, in its
+// order, with the unescaped name and the raw value without surrounding white space. It
+// stops at the first error of member and returns it. Before the first call, all of data
+// has passed [checkJSON].
 func walkObject(data []byte, member func(name string, value []byte) error) error {
 	if err := checkJSON(data); err != nil {
 		return err
@@ -74,8 +65,8 @@ func walkObject(data []byte, member func(name string, value []byte) error) error
 }
 
 // uniqueMembers returns the values of a JSON object by the exact names. A name given
-// twice is an error: in a token or a key it is an attack on whoever reads the other
-// one, and RFC 7515, section 4, and RFC 7519, section 4, let a receiver refuse it.
+// twice is an error: in a token or a key it is an attack on a reader that takes the other
+// one. RFC 7515, section 4, and RFC 7519, section 4, let a receiver refuse it.
 func uniqueMembers(data []byte) (map[string][]byte, error) {
 	members := make(map[string][]byte)
 	err := walkObject(data, func(name string, value []byte) error {
@@ -88,8 +79,7 @@ func uniqueMembers(data []byte) (map[string][]byte, error) {
 	return members, err
 }
 
-// jsonString returns the string that a valid JSON value holds, and reports
-// whether it is a string at all.
+// jsonString returns the string that a valid JSON value is, and whether it is one.
 func jsonString(value []byte) (s string, ok bool) {
 	if len(value) == 0 || value[0] != '"' {
 		return "", false
@@ -101,7 +91,8 @@ func jsonString(value []byte) (s string, ok bool) {
 	return s, err == nil
 }
 
-// checkJSON returns [malformedJSON] of what keeps data from being one JSON value.
+// checkJSON returns an error unless data is one JSON value (RFC 8259), in UTF-8 and
+// without lone surrogates.
 func checkJSON(data []byte) error {
 	if !utf8.Valid(data) {
 		i := bytes.IndexByte(bytes.ToValidUTF8(data, []byte{0xff}), 0xff) // which UTF-8 never has
@@ -126,6 +117,11 @@ func checkJSON(data []byte) error {
 	return nil
 }
 
+// malformedJSON returns the error of what is wrong at a byte, counted from 1.
+func malformedJSON(offset int64, reason string) error {
+	return &apiError{kind: kindMalformed, message: fmt.Sprintf("Malformed JSON at byte %d: %s", offset, reason)}
+}
+
 // escapedUnit returns the UTF-16 code unit of the \u escape that begins valid JSON,
 // and 0 where none does.
 func escapedUnit(text []byte) rune {
@@ -136,15 +132,13 @@ func escapedUnit(text []byte) rune {
 	return rune(unit)
 }
 
-// readAll returns the body of r. The errors are those of its type, of a body that is longer
-// than max bytes, that does not arrive by the deadline of the request, or that is
-// cut off or framed wrongly.
+// readAll returns the body of r. The errors are those of [checkBodyType], and of a body
+// that is longer than max bytes, late by the deadline of the request, or cut off.
 func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) {
 	tooLarge := &apiError{kind: kindTooLarge, message: fmt.Sprintf("The body is larger than %d bytes", max)}
-	if r.Body != http.NoBody { // these two before a client that waits for a 100 sends it
-		if err := checkBodyType(r.Header); err != nil {
-			return nil, err
-		}
+	// These two come before a client that waits for a 100 sends it.
+	if err := checkBodyType(r.Header); err != nil {
+		return nil, err
 	}
 	if r.ContentLength > max {
 		return nil, tooLarge
@@ -172,13 +166,8 @@ func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) 
 	return body, nil
 }
 
-// readJSON returns the body of r, which must announce itself as JSON and be there
-// already (see readBody). The errors are those of the media type, the coding, and
-// of an empty body.
+// readJSON returns the body of r, which [readBody] has read. An empty one is an error.
 func readJSON(r *http.Request) ([]byte, error) {
-	if err := checkBodyType(r.Header); err != nil {
-		return nil, err
-	}
 	body, err := io.ReadAll(r.Body)
 	if err == nil && len(body) == 0 {
 		err = &apiError{kind: kindMalformed, message: "The body is empty: a JSON object is expected"}
@@ -197,8 +186,8 @@ func checkBodyType(h http.Header) error {
 	return nil
 }
 
-// isJSON reports whether a Content-Type field is application/json or a type
-// with the suffix +json (RFC 6839). Parameters don't matter, not even broken ones.
+// isJSON reports whether a Content-Type field is application/json or a type with the
+// suffix +json (RFC 6839), whatever its parameters.
 func isJSON(field []string) bool {
 	if len(field) != 1 {
 		return false
@@ -231,3 +220,24 @@ func appendJSONString(b []byte, s string) []byte {
 }
 
 var shortEscapes = map[byte]byte{'"': '"', '\\': '\\', '\n': 'n', '\r': 'r', '\t': 't'}
+
+// timeFormat is RFC 3339 in UTC with all six digits that PostgreSQL keeps.
+const timeFormat = "2006-01-02T15:04:05.000000Z"
+
+// The first and the last microsecond that timeFormat can spell.
+var (
+	firstTime = time.Date(1, 1, 1, 0, 0, 0, 0, time.UTC)
+	lastTime  = time.Date(9999, 12, 31, 23, 59, 59, 999_999_000, time.UTC)
+)
+
+// clampTime returns t in UTC, or the nearest time that timeFormat can spell. A row that
+// was made by somebody else may have infinity or a distant year, and must not hide the others.
+func clampTime(t time.Time) time.Time {
+	switch {
+	case t.Before(firstTime):
+		return firstTime
+	case t.After(lastTime):
+		return lastTime
+	}
+	return t.UTC()
+}

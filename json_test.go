@@ -342,7 +342,7 @@ func TestReadJSONMediaType(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", strings.NewReader("{}"))
 			r.Header["Content-Type"] = tt.contentType
 			w := httptest.NewRecorder()
-			underObserve(handlerFunc(bodyHandler)).ServeHTTP(w, r)
+			underObserve(readBody(64, allPosts, handlerFunc(bodyHandler))).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}
@@ -377,7 +377,7 @@ func TestReadJSONContentEncoding(t *testing.T) {
 			r.Header.Set("Content-Type", "application/json")
 			r.Header["Content-Encoding"] = tt.coding
 			w := httptest.NewRecorder()
-			underObserve(handlerFunc(bodyHandler)).ServeHTTP(w, r)
+			underObserve(readBody(64, allPosts, handlerFunc(bodyHandler))).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}

@@ -13,20 +13,19 @@ import (
 	"sync"
 	"time"
 	"unicode/utf8"
+
+	"github.com/lib/pq"
 )
 
-// Which part of the list a request asks for, and how the next one finds its place.
-
-// A listQuery is what a request for the list asks for.
+// A listQuery is the part of the list that a request asks for.
 type listQuery struct {
 	limit, offset int64
 	after         position // where the page before ended; the zero position is the start of the list
 	email         string   // empty: everybody
 }
 
-// parseListQuery reads the query of a request for the list. Parameters that it
-// does not know are ignored, well formed or not; the error names the one that is
-// wrong.
+// parseListQuery reads the query of a request for the list. Unknown parameters are
+// ignored, well formed or not; the error names the parameter that is wrong.
 func parseListQuery(query string) (listQuery, error) {
 	q, given := listQuery{limit: 20}, make(map[string]bool)
 	for parameter := range strings.SplitSeq(query, "&") {
@@ -73,15 +72,15 @@ func parseCount(name, s string, most int64) (int64, error) {
 	return int64(n), nil
 }
 
-// A position is a place in the list: right behind the user with these values.
+// A position is the place in the list right behind the user with these values.
 type position struct {
 	createdAt time.Time
 	id        string
 }
 
-// cursor returns the position in the form that clients carry around: 8 bytes
-// of microseconds since 1970, modulo 2^64, 16 of id, 4 of checksum. The checksum
-// catches a mangled cursor; forging one gains nothing that an offset would not give.
+// cursor returns the position as clients see it: 8 bytes of microseconds since 1970,
+// modulo 2^64, 16 of id, 4 of checksum. The checksum catches a mangled cursor; forging
+// one gains nothing that an offset would not give.
 func (p position) cursor() string {
 	micros := p.createdAt.Unix()*1e6 + int64(p.createdAt.Nanosecond()/1e3) // wraps around in the year 294247
 	b := binary.BigEndian.AppendUint64(make([]byte, 0, 28), uint64(micros))
@@ -101,6 +100,29 @@ func parseCursor(s string) (position, error) {
 	const epoch = 946684800 // seconds since 1970
 	micros := int64(binary.BigEndian.Uint64(b) - epoch*1e6)
 	return position{time.Unix(epoch+micros/1e6, micros%1e6*1e3), formatUUID([16]byte(b[8:24]))}, nil
+}
+
+// What -infinity and infinity are in Go: right outside of the times that PostgreSQL can
+// store (its manual, table 8.9).
+var (
+	minusInfinity = time.Date(-4713, time.November, 24, 0, 0, 0, -1000, time.UTC) // 4714 BC
+	plusInfinity  = time.Date(294277, time.January, 1, 0, 0, 0, 0, time.UTC)
+)
+
+func init() { pq.EnableInfinityTs(minusInfinity, plusInfinity) }
+
+// timestamp returns t as PostgreSQL reads it. lib/pq's own way moves the leap days
+// before year 1 by a day.
+func timestamp(t time.Time) string {
+	switch t = t.UTC(); {
+	case !t.After(minusInfinity):
+		return "-infinity"
+	case !t.Before(plusInfinity):
+		return "infinity"
+	case t.Year() < 1: // year 0 is 1 BC
+		return fmt.Sprintf("%04d-%sZ BC", 1-t.Year(), t.Format("01-02 15:04:05.000000"))
+	}
+	return t.Format(timeFormat)
 }
 
 // A page is a part of the list. Requests for the same part may share one.

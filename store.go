@@ -160,7 +160,7 @@ func (s *pgStore) delete(ctx context.Context, id string, when preconditions) err
 func (s *pgStore) whyNot(ctx context.Context, id string, when preconditions) error {
 	u, err := s.get(ctx, id)
 	if err == nil {
-		err = when.whyNot(&u)
+		err = when.skipReason(&u)
 	}
 	return err
 }
