@@ -21,11 +21,10 @@ import (
 
 // How a token is checked
 //
-// A client sends "Authorization: Bearer <token>" (RFC 6750, section 2.1). The
-// token is a JSON Web Token: header, claims and signature, each in base64url,
-// with dots between them (RFC 7515, section 3.1; RFC 7519). requireAuth takes
-// it from the request; verify finds a key that made the signature, and only then
-// believes a claim; the scope decides what the client may do.
+// A client sends "Authorization: Bearer <token>" (RFC 6750, section 2.1). The token is a
+// JSON Web Token: header, claims and signature, each in base64url, with dots between them
+// (RFC 7515, section 3.1; RFC 7519). verify finds a key that made the signature, and only
+// then believes a claim; requireAuth holds the scope against the method.
 
 const (
 	maxTokenBytes = 8 << 10
@@ -33,8 +32,8 @@ const (
 	leeway        = 30   // seconds by which the clocks of others may differ
 )
 
-// A tokenError tells the client what is wrong with a token, in a sentence that
-// has nothing of the token in it. It fits between the quotes of a challenge.
+// A tokenError tells the client what is wrong with a token, without a word of the token.
+// It fits between the quotes of a challenge.
 type tokenError string
 
 func (e tokenError) Error() string { return string(e) }
@@ -52,15 +51,15 @@ type verifier struct {
 	issuer, audience string // not checked when empty
 	now              func() time.Time
 
-	// remembered are the claims of tokens that were opened, by the hash of the token.
-	// A client sends the same one for minutes or hours, and to open it each time would
-	// take a tenth of a GET. Keys, issuer and audience never change.
+	// remembered are the claims of opened tokens, by the hash of the token. A client sends
+	// the same one for hours, and to open it takes a tenth of a GET. Keys, issuer and
+	// audience never change.
 	remembered sync.Map
 	opened     atomic.Int64 // tokens; remembered is cleared at each maxRemembered
 }
 
-// newVerifier returns a verifier for tokens signed with one of the keys. It
-// panics without a key, since it could let nobody in.
+// newVerifier returns a verifier for tokens signed with one of the keys. It panics
+// without a key.
 func newVerifier(keys []key, issuer, audience string) *verifier {
 	if len(keys) == 0 {
 		panic("newVerifier: no keys")
@@ -106,16 +105,16 @@ func (v *verifier) open(token string) (_ claims, err error) {
 			return claims{}, tokenError("This is not one token: three parts of unpadded base64url, with dots between them")
 		}
 	}
-	signed := token[:len(parts[0])+len(".")+len(parts[1])]
+	signed := parts[0] + "." + parts[1]
 	if err := v.checkSignature(decoded[0], []byte(signed), decoded[2]); err != nil {
 		return claims{}, err
 	}
 	return v.readClaims(decoded[1])
 }
 
-// decodeBase64 decodes base64url without padding. One token has one spelling
-// (RFC 7515, section 2; RFC 4648, section 3.5): line breaks, which encoding/base64
-// passes over, are an error, and so are bits behind the last byte that are not zero.
+// decodeBase64 decodes base64url without padding (RFC 7515, section 2). So that one token
+// has one spelling, line breaks, which encoding/base64 passes over, are an error, and so
+// are bits behind the last byte that are not zero.
 func decodeBase64(s string) ([]byte, error) {
 	if i := strings.IndexAny(s, "\r\n"); i >= 0 {
 		return nil, base64.CorruptInputError(i)
@@ -125,7 +124,7 @@ func decodeBase64(s string) ([]byte, error) {
 
 // checkSignature looks for a key that made the signature of the input. The header
 // (RFC 7515, section 4.1) only narrows the search: no key has a check for "none", no
-// public one for HS256 (RFC 8725, section 2.1), and none is fetched (jwk, jku, x5c, x5u).
+// public one for HS256 (RFC 8725, section 2.1), and no key comes from a token (jwk, jku, x5c, x5u).
 func (v *verifier) checkSignature(header, input, signature []byte) error {
 	members, err := uniqueMembers(header)
 	algorithm, isText := jsonString(members["alg"])
@@ -179,14 +178,13 @@ func (v *verifier) readClaims(payload []byte) (c claims, err error) {
 	}
 	c.caller = caller{issuer: issuer, subject: subject}
 
-	// A scope is a string with spaces (RFC 8693, section 4.2); so is an scp, or an
-	// array. What one of another type holds counts for nothing.
+	// A scope is a string with spaces (RFC 8693, section 4.2); so is an scp, or an array.
 	scope, _ := jsonString(members["scope"])
 	scp, _ := jsonString(members["scp"])
 	scopes := strings.Split(scope+" "+scp, " ")
-	may := func(scope string) bool { return slices.Contains(scopes, scope) || arrayHas(members["scp"], scope) }
 	unscoped := members["scope"] == nil && members["scp"] == nil
-	c.mayRead, c.mayWrite = unscoped || may("users:read"), unscoped || may("users:write")
+	may := func(s string) bool { return unscoped || slices.Contains(scopes, s) || arrayHas(members["scp"], s) }
+	c.mayRead, c.mayWrite = may("users:read"), may("users:write")
 	return c, nil
 }
 
@@ -219,9 +217,8 @@ func mintToken(secret []byte, g grant, now time.Time) string {
 	return signed + "." + encode(sum(hmac.New(crypto.SHA256.New, secret), []byte(signed)))
 }
 
-// requireAuth lets a request pass to next only with a token that allows its
-// method. It stands before the routes, so that without a token an unknown route
-// looks like a known one.
+// requireAuth lets a request pass to next only with a token that allows its method.
+// It stands before the routes: without a token, an unknown one looks like a known one.
 func requireAuth(v *verifier, next http.Handler) http.Handler {
 	return handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
 		token := bearerToken(r)
@@ -256,8 +253,7 @@ func bearerToken(r *http.Request) string {
 	return strings.Trim(token, " ")
 }
 
-// refusal returns the error with the challenge that RFC 6750, section 3, adds
-// to it.
+// refusal returns an error with the challenge of RFC 6750, section 3.
 func refusal(k kind, message, parameters string) *apiError {
 	return &apiError{kind: k, message: message, header: http.Header{"Www-Authenticate": {`Bearer realm="rollcall"` + parameters}}}
 }
@@ -267,9 +263,10 @@ func refusal(k kind, message, parameters string) *apiError {
 func printToken(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("rollcall token", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // errors are returned, not printed here
-	sub := flags.String("sub", "", "")
-	ttl := flags.Duration("ttl", time.Hour, "")
-	scope := flags.String("scope", "", "")
+	var g grant
+	flags.StringVar(&g.subject, "sub", "", "")
+	flags.DurationVar(&g.ttl, "ttl", time.Hour, "")
+	flags.StringVar(&g.scope, "scope", "", "")
 	err := flags.Parse(args)
 	scopeIsSet := false
 	flags.Visit(func(f *flag.Flag) { scopeIsSet = scopeIsSet || f.Name == "scope" })
@@ -281,11 +278,11 @@ func printToken(args []string, getenv func(string) string, stdout, stderr io.Wri
 		return usageError("token: " + err.Error())
 	case flags.NArg() > 0:
 		return usageError(fmt.Sprintf("token: %q is no flag", flags.Arg(0)))
-	case *sub == "":
+	case g.subject == "":
 		return usageError("token: -sub is missing: whose token is it?")
-	case scopeIsSet && *scope == "":
+	case scopeIsSet && g.scope == "":
 		return usageError("token: -scope is empty: leave it out for a token that may do everything")
-	case *ttl < time.Second:
+	case g.ttl < time.Second:
 		return usageError("token: -ttl must be a second or more")
 	}
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
@@ -298,7 +295,7 @@ func printToken(args []string, getenv func(string) string, stdout, stderr io.Wri
 	if _, err := secretKey(secret); err != nil {
 		return usageError("JWT_SECRET: " + err.Error())
 	}
-	g := grant{subject: *sub, scope: *scope, issuer: getenv("JWT_ISSUER"), audience: getenv("JWT_AUDIENCE"), ttl: *ttl}
+	g.issuer, g.audience = getenv("JWT_ISSUER"), getenv("JWT_AUDIENCE")
 	_, err = fmt.Fprintln(stdout, mintToken(secret, g, time.Now()))
 	return err
 }

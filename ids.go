@@ -57,14 +57,10 @@ func parseUUID(s string) (string, error) {
 
 // How a create is repeated
 //
-// A client whose create got no answer can't know whether there is a user now. With an
-// Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) it may just ask again: the
-// same key and body bring the user that was made the first time, the same key with
-// another body is refused.
-//
-// Nothing is stored for that but the user itself: its id is made from the request. So
-// every replica agrees, and a key lives as long as its user. The id is a UUID of version
-// 8 (RFC 9562, section 5.8):
+// A client whose create got no response may send it again with the same Idempotency-Key
+// (draft-ietf-httpapi-idempotency-key-header), and gets the user that was made the first
+// time; the same key with another body is refused. Nothing is stored for that but the
+// user: its id is made from the request, as a UUID of version 8 (section 5.8).
 //
 //	kkkkkkkk-kkkk-8kkk-vkkk-bbbbbbbbbbbb
 //

@@ -16,7 +16,7 @@ import (
 	"unicode/utf8"
 )
 
-// JSON comes in by readJSON and walkObject, and goes out by appendJSONString and
+// JSON comes in by readAll and walkObject, and goes out by appendJSONString and
 // clampTime.
 //
 // encoding/json alone is too kind for a service that must not guess: it takes the last
@@ -133,7 +133,7 @@ func escapedUnit(text []byte) rune {
 }
 
 // readAll returns the body of r. The errors are those of [checkBodyType], and of a body
-// that is longer than max bytes, late by the deadline of the request, or cut off.
+// that is longer than max bytes, late by the deadline of the request, cut off, or empty.
 func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) {
 	tooLarge := &apiError{kind: kindTooLarge, message: fmt.Sprintf("The body is larger than %d bytes", max)}
 	// These two come before a client that waits for a 100 sends it.
@@ -147,9 +147,8 @@ func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) 
 	// is lifted when all is there: it would end the read by which net/http notices a
 	// client that leaves.
 	control := http.NewResponseController(w)
-	if deadline, ok := r.Context().Deadline(); ok {
-		control.SetReadDeadline(deadline)
-	}
+	deadline, _ := r.Context().Deadline() // zero if there is none, which lifts the deadline
+	control.SetReadDeadline(deadline)
 	body, err := io.ReadAll(io.LimitReader(r.Body, max+1))
 	switch {
 	case int64(len(body)) > max:
@@ -163,16 +162,10 @@ func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) 
 	}
 	control.SetReadDeadline(time.Time{})
 	infoFrom(r.Context()).bodyRead = true
-	return body, nil
-}
-
-// readJSON returns the body of r, which [readBody] has read. An empty one is an error.
-func readJSON(r *http.Request) ([]byte, error) {
-	body, err := io.ReadAll(r.Body)
-	if err == nil && len(body) == 0 {
-		err = &apiError{kind: kindMalformed, message: "The body is empty: a JSON object is expected"}
+	if len(body) == 0 {
+		return nil, &apiError{kind: kindMalformed, message: "The body is empty: a JSON object is expected"}
 	}
-	return body, err
+	return body, nil
 }
 
 // checkBodyType returns the error of a body that does not announce itself as JSON.

@@ -23,10 +23,9 @@ import (
 
 // What may sign a token
 //
-// The secret, a PEM file and a JSON Web Key Set all become a list of keys. A key
-// brings a check for each algorithm that it is fit for, so nothing that a token
-// says about its own algorithm makes a key do what it was not made for (RFC 8725,
-// section 3.1). Below are the key, the files, and the JSON Web Key, in turn.
+// The secret, a PEM file and a JSON Web Key Set all become a list of keys. A key brings a
+// check for each algorithm that it is fit for, so nothing that a token says about its own
+// algorithm makes a key do what it was not made for (RFC 8725, section 3.1).
 
 // A key is one key that a token may be signed with.
 type key struct {
@@ -51,9 +50,8 @@ func sum(h hash.Hash, input []byte) []byte {
 
 const minSecretBytes = 32 // RFC 7518, section 3.2: as long as the output of HS256
 
-// secretKey returns the key of tokens that are signed with a shared secret. A line
-// break at the end is refused: it comes from a file, and others who sign with the
-// secret hardly count it in.
+// secretKey returns the key of tokens that are signed with a shared secret. A line break
+// at the end is refused: it comes from a file, and others hardly sign with it.
 func secretKey(secret []byte) (key, error) {
 	if len(secret) < minSecretBytes || bytes.HasSuffix(secret, []byte("\n")) || bytes.HasSuffix(secret, []byte("\r")) {
 		return key{}, fmt.Errorf("the secret has fewer than %d bytes, or it ends with a line break", minSecretBytes)
@@ -125,9 +123,8 @@ type keySet struct {
 	ignored []error
 }
 
-// readKeyFile reads a file of public keys. One broken key refuses it: whoever starts
-// the service can mend it, and a key that was quietly left out would show only later,
-// as a 401.
+// readKeyFile reads a file of public keys. One broken key refuses it: left out quietly, it
+// would show only later, as a 401.
 func readKeyFile(path string) (keySet, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {

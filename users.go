@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"net/mail"
 	"strings"
@@ -81,7 +82,7 @@ type userPatch struct {
 // readUserInput reads the body of r. Members other than email and name are
 // ignored, so that a client may send back the user that it got.
 func readUserInput(r *http.Request) (in userInput, err error) {
-	body, err := readJSON(r)
+	body, err := io.ReadAll(r.Body) // which readBody has read and checked
 	if err != nil {
 		return in, err
 	}
