@@ -227,7 +227,7 @@ func requireAuth(v *verifier, next http.Handler) http.Handler {
 		}
 		c, err := v.verify(token)
 		if err != nil {
-			return refusal(kindUnauthorized, err.Error(), `, error="invalid_token", error_description="`+err.Error()+`"`)
+			return refusal(kindUnauthorized, err.Error(), fmt.Sprintf(`, error="invalid_token", error_description="%v"`, err))
 		}
 		infoFrom(r.Context()).caller = c.caller
 		scope, allowed := "users:write", c.mayWrite
@@ -236,7 +236,8 @@ func requireAuth(v *verifier, next http.Handler) http.Handler {
 		}
 		if !allowed {
 			message := "The token lacks the scope " + scope
-			return refusal(kindForbidden, message, `, error="insufficient_scope", error_description="`+message+`", scope="`+scope+`"`)
+			parameters := fmt.Sprintf(`, error="insufficient_scope", error_description="%s", scope="%s"`, message, scope)
+			return refusal(kindForbidden, message, parameters)
 		}
 		next.ServeHTTP(w, r)
 		return nil
@@ -255,7 +256,8 @@ func bearerToken(r *http.Request) string {
 
 // refusal returns an error with the challenge of RFC 6750, section 3.
 func refusal(k kind, message, parameters string) *apiError {
-	return &apiError{kind: k, message: message, header: http.Header{"Www-Authenticate": {`Bearer realm="rollcall"` + parameters}}}
+	challenge := `Bearer realm="rollcall"` + parameters
+	return &apiError{kind: k, message: message, header: http.Header{"Www-Authenticate": {challenge}}}
 }
 
 // printToken is the token command: it prints a token signed with JWT_SECRET. Its

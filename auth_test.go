@@ -187,11 +187,11 @@ func mustKey(t testing.TB, public any) key {
 // mustJWK reads a file that holds one JWK.
 func mustJWK(t testing.TB, text string) key {
 	t.Helper()
-	set, err := parseKeys([]byte(text))
+	keys, _, err := parseKeys([]byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return set.keys[0]
+	return keys[0]
 }
 
 func mustDecode64(t testing.TB, s string) []byte {
@@ -968,7 +968,7 @@ func TestKeyFile(t *testing.T) {
 			if err := os.WriteFile(path, []byte(tt.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			set, err := readKeyFile(path)
+			keys, _, err := readKeyFile(path)
 			if tt.err != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.err) {
 					t.Fatalf("error %v, want %s", err, tt.err)
@@ -982,7 +982,7 @@ func TestKeyFile(t *testing.T) {
 				t.Fatal(err)
 			}
 			var got []string
-			for _, k := range set.keys {
+			for _, k := range keys {
 				got = append(got, algorithmsOf(k))
 			}
 			if joined := strings.Join(got, ", "); joined != tt.want {
@@ -994,7 +994,7 @@ func TestKeyFile(t *testing.T) {
 
 func TestKeyFileMissing(t *testing.T) {
 	t.Parallel()
-	if _, err := readKeyFile(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
+	if _, _, err := readKeyFile(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -1070,11 +1070,11 @@ func FuzzKeyFile(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		set, err := parseKeys(data)
-		if (err == nil) != (len(set.keys) > 0) {
-			t.Fatalf("%d keys and the error %v", len(set.keys), err)
+		keys, _, err := parseKeys(data)
+		if (err == nil) != (len(keys) > 0) {
+			t.Fatalf("%d keys and the error %v", len(keys), err)
 		}
-		for _, k := range set.keys {
+		for _, k := range keys {
 			if len(k.checks) == 0 {
 				t.Error("a key that takes no algorithm")
 			}

@@ -168,12 +168,12 @@ func (c *config) setSecret(value string) error {
 }
 
 func (c *config) setKeyFile(path string) error {
-	set, err := readKeyFile(path)
+	keys, ignored, err := readKeyFile(path)
 	if err != nil {
 		return fmt.Errorf("is no file of public keys: %w", err)
 	}
-	c.keys = append(c.keys, set.keys...)
-	for _, err := range set.ignored {
+	c.keys = append(c.keys, keys...)
+	for _, err := range ignored {
 		c.warnings = append(c.warnings, "JWT_PUBLIC_KEY_FILE: a key is passed over: "+err.Error())
 	}
 	return nil

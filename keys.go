@@ -116,26 +116,20 @@ func publicKey(public any, err error) (key, error) {
 	return k, nil
 }
 
-// A keySet is what a key file holds. The ignored are the errors of keys for another
-// purpose: RFC 7517, section 5, has those passed over.
-type keySet struct {
-	keys    []key
-	ignored []error
-}
-
 // readKeyFile reads a file of public keys. One broken key refuses it: left out quietly, it
-// would show only later, as a 401.
-func readKeyFile(path string) (keySet, error) {
+// would show only later, as a 401. The ignored are the errors of keys for another purpose,
+// which RFC 7517, section 5, has passed over.
+func readKeyFile(path string) (keys []key, ignored []error, err error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return keySet{}, err
+		return nil, nil, err
 	}
 	return parseKeys(data)
 }
 
 // parseKeys parses a JSON Web Key Set or PEM blocks (RFC 7468). Of a certificate only
 // the key counts, neither its dates nor its issuer.
-func parseKeys(data []byte) (set keySet, err error) {
+func parseKeys(data []byte) (keys []key, ignored []error, err error) {
 	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")) {
 		return parseJWKS(data)
 	}
@@ -155,15 +149,15 @@ func parseKeys(data []byte) (set keySet, err error) {
 			err = errors.New("this is neither a public key nor a certificate")
 		}
 		if err != nil {
-			return keySet{}, fmt.Errorf("PEM block %d (%.64q): %w", len(set.keys)+1, block.Type, err)
+			return nil, nil, fmt.Errorf("PEM block %d (%.64q): %w", len(keys)+1, block.Type, err)
 		}
-		set.keys = append(set.keys, k)
+		keys = append(keys, k)
 	}
 	// pem.Decode passes over a damaged block as if it were not there.
-	if begun := bytes.Count(data, []byte("-----BEGIN ")); begun == 0 || begun != len(set.keys) {
-		return keySet{}, fmt.Errorf("the file is no JSON object, and %d of the %d PEM blocks in it are sound", len(set.keys), begun)
+	if begun := bytes.Count(data, []byte("-----BEGIN ")); begun == 0 || begun != len(keys) {
+		return nil, nil, fmt.Errorf("the file is no JSON object, and %d of the %d PEM blocks in it are sound", len(keys), begun)
 	}
-	return set, nil
+	return keys, nil, nil
 }
 
 // errForeignKey is the error of a JWK that is sound, and not for this service.
@@ -171,10 +165,10 @@ var errForeignKey = errors.New("not a key for signatures that this service knows
 
 // parseJWKS reads a JSON Web Key Set, or one JSON Web Key by itself (RFC 7517). Its
 // error is that of the first broken key.
-func parseJWKS(data []byte) (set keySet, err error) {
+func parseJWKS(data []byte) (keys []key, ignored []error, err error) {
 	var elements []json.RawMessage
 	if err := readFields(data, map[string]any{"keys": &elements}); err != nil {
-		return keySet{}, fmt.Errorf("not a JSON Web Key Set: %w", err)
+		return nil, nil, fmt.Errorf("not a JSON Web Key Set: %w", err)
 	}
 	if elements == nil {
 		elements = []json.RawMessage{data}
@@ -183,17 +177,17 @@ func parseJWKS(data []byte) (set keySet, err error) {
 		k, err := parseJWK(element)
 		switch {
 		case err == nil:
-			set.keys = append(set.keys, k)
+			keys = append(keys, k)
 		case errors.Is(err, errForeignKey):
-			set.ignored = append(set.ignored, fmt.Errorf("key %d: %w", i+1, err))
+			ignored = append(ignored, fmt.Errorf("key %d: %w", i+1, err))
 		default:
-			return keySet{}, fmt.Errorf("key %d: %w", i+1, err)
+			return nil, nil, fmt.Errorf("key %d: %w", i+1, err)
 		}
 	}
-	if len(set.keys) == 0 {
-		return keySet{}, fmt.Errorf("none of the %d keys in it can check a signature", len(elements))
+	if len(keys) == 0 {
+		return nil, nil, fmt.Errorf("none of the %d keys in it can check a signature", len(elements))
 	}
-	return set, nil
+	return keys, ignored, nil
 }
 
 // parseJWK reads one JSON Web Key: RFC 7517, section 4; RFC 7518, section 6; RFC 8037,
