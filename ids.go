@@ -64,10 +64,10 @@ func parseUUID(s string) (string, error) {
 //
 //	kkkkkkkk-kkkk-8kkk-vkkk-bbbbbbbbbbbb
 //
-// k stands for the caller and the key, b for the body, and v for the variant and two
-// more bits of k. PostgreSQL lets no two users share the first half (schema.sql,
-// migration 4), nor the whole. By chance, two keys out of 2^74 possible ones, or two
-// bodies of one key out of 2^48, would look the same.
+// k stands for the caller and the key, b for the body, and v for the variant and two more
+// bits of k. PostgreSQL lets no two users share the first half (migration 4 in schema.sql,
+// which calls this file idempotency.go), nor the whole. By chance, two keys out of 2^74
+// possible ones, or two bodies of one key out of 2^48, would look the same.
 
 // A caller owns its Idempotency-Keys. Both fields are those of its token, empty where
 // that doesn't say or where there is none.
@@ -76,9 +76,9 @@ type caller struct {
 	subject string
 }
 
-// keyedUUID returns the id of the user that the caller makes with the key.
-func keyedUUID(who caller, key, email, name string) string {
-	keySum := sumOf("rollcall: the caller and its Idempotency-Key", who.issuer, who.subject, key)
+// keyedUUID returns the id of the user that the owner of the key creates with it.
+func keyedUUID(owner caller, key, email, name string) string {
+	keySum := sumOf("rollcall: the caller and its Idempotency-Key", owner.issuer, owner.subject, key)
 	// With the key in it as well, the second half tells nobody who reads an id
 	// somewhere whether a guessed address is right.
 	bodySum := sumOf("rollcall: the body of its create", string(keySum[:]), email, name)
