@@ -105,8 +105,7 @@ func (v *verifier) open(token string) (_ claims, err error) {
 			return claims{}, tokenError("This is not one token: three parts of unpadded base64url, with dots between them")
 		}
 	}
-	signed := parts[0] + "." + parts[1]
-	if err := v.checkSignature(decoded[0], []byte(signed), decoded[2]); err != nil {
+	if err := v.checkSignature(decoded[0], []byte(parts[0]+"."+parts[1]), decoded[2]); err != nil {
 		return claims{}, err
 	}
 	return v.readClaims(decoded[1])
@@ -122,9 +121,9 @@ func decodeBase64(s string) ([]byte, error) {
 	return base64.RawURLEncoding.Strict().DecodeString(s)
 }
 
-// checkSignature looks for a key that made the signature of the input. The header
-// (RFC 7515, section 4.1) only narrows the search: no key has a check for "none", no
-// public one for HS256 (RFC 8725, section 2.1), and no key comes from a token (jwk, jku, x5c, x5u).
+// checkSignature looks for a key that made the signature of the input. The header (RFC
+// 7515, section 4.1) only narrows the search: no key has a check for "none", no public one
+// for HS256 (RFC 8725, section 2.1), and none comes from a token (jwk, jku, x5c, x5u).
 func (v *verifier) checkSignature(header, input, signature []byte) error {
 	members, err := uniqueMembers(header)
 	algorithm, isText := jsonString(members["alg"])
