@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"log/slog"
@@ -28,7 +29,7 @@ func TestHalfClosedClient(t *testing.T) {
 			waitFor(t, "the first byte to be sent", func() bool {
 				c.mu.Lock()
 				defer c.mu.Unlock()
-				return c.probed
+				return c.sent == 1
 			})
 			if err := r.Context().Err(); err != nil {
 				t.Errorf("the context says %v", err)
@@ -75,13 +76,13 @@ func TestNobodyReadsInBackground(t *testing.T) {
 
 // A countedConn counts what is written to it, call by call.
 type countedConn struct {
-	net.Conn
+	socket
 	writes *atomic.Int64
 }
 
 func (c countedConn) Write(p []byte) (int, error) {
 	c.writes.Add(1)
-	return c.Conn.Write(p)
+	return c.socket.Write(p)
 }
 
 type countedListener struct {
@@ -91,7 +92,10 @@ type countedListener struct {
 
 func (l *countedListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	return countedConn{c, &l.writes}, err
+	if err != nil {
+		return nil, err
+	}
+	return countedConn{c.(socket), &l.writes}, nil
 }
 
 // However long a response is, up to smallBytes, it goes out in one write.
@@ -195,22 +199,37 @@ func TestChaosHalfClosed(t *testing.T) {
 	normal()
 }
 
-// By TLS, too, a client may say that it has sent all before it reads the response.
+// By TLS, too, a client may say that it has sent all before it reads the response,
+// however long that takes.
 func TestHalfClosedTLS(t *testing.T) {
 	t.Parallel()
 	certFile, keyFile := writeCertificate(t, t.TempDir(), "rollcall.test")
 	s := newService(t, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile)
-	for i := range 20 {
+	create := func(i int) *tls.Conn {
 		conn := dialTLS(t, s)
 		body := fmt.Sprintf(`{"email":"%d@example.com","name":"x"}`, i)
 		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", usersPath, len(body), body)
 		if err := conn.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
+		return conn
+	}
+	expectOK := func(conn *tls.Conn) {
+		t.Helper()
 		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil || resp.StatusCode != 200 {
 			t.Errorf("%v, %v", resp, err)
 		}
 		conn.Close()
 	}
+	for i := range 20 {
+		expectOK(create(i))
+	}
+	tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+	waits, leaves := create(20), create(21)
+	time.Sleep(5 * checkInterval)
+	leaves.Close()
+	findLine(t, s, func(line map[string]any) bool { return line["status"] == 499.0 })
+	tx.Rollback()
+	expectOK(waits)
 }
