@@ -49,7 +49,7 @@ func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next 
 		h["X-Content-Type-Options"] = nosniff
 		rec := &responseRecorder{ResponseWriter: w}
 		if r.ProtoMajor == 2 {
-			defer sending.acquire(requestBytes(r), rec.evict(r))()
+			defer sending.acquire(requestBytes(r), closeConn(r))()
 		}
 		unread := false
 		var err error = http.ErrAbortHandler

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"container/list"
 	"io"
 	"net/http"
 	"slices"
@@ -13,10 +12,9 @@ import (
 // A response is built whole, then sent
 //
 // Every response of this service fits into memory. So the handlers write to a
-// responseRecorder, and send puts it on the wire when they have returned: a panic
-// or a late error is always a clean 500, compression and the access log see the
-// whole response, and a slow reader occupies nothing but the bytes that it is
-// to read. Those are bounded: all large responses share a quota.
+// responseRecorder, which is sent when they have returned: a panic or a late error is
+// always a clean 500, compression and the access log see the whole response, and a slow
+// reader occupies nothing but the bytes of it. All large responses share a quota.
 
 // A responseRecorder is an [http.ResponseWriter] that keeps the response.
 type responseRecorder struct {
@@ -67,21 +65,14 @@ func (rec *responseRecorder) send(r *http.Request, sending *quota, last bool) er
 		h["Content-Length"] = []string{strconv.Itoa(len(rec.body))}
 	}
 	if len(rec.body) > smallBytes {
-		defer sending.acquire(int64(len(rec.body)), rec.evict(r))()
+		defer sending.acquire(int64(len(rec.body)), closeConn(r))()
 	}
 	rec.ResponseWriter.WriteHeader(rec.status)
-	return rec.write(r)
-}
-
-// write writes the body, and returns when all that net/http holds is out: else the
-// log could not tell of a connection that breaks. HTTP/2 takes it in small parts,
-// since a connection keeps a buffer of the largest.
-func (rec *responseRecorder) write(r *http.Request) error {
 	if r.Method == http.MethodHead {
 		return nil
 	}
 	part := max(len(rec.body), 1)
-	if r.ProtoMajor == 2 {
+	if r.ProtoMajor == 2 { // a connection keeps a buffer of the largest part
 		part = smallBytes
 	}
 	for p := range slices.Chunk(rec.body, part) {
@@ -89,18 +80,12 @@ func (rec *responseRecorder) write(r *http.Request) error {
 			return err
 		}
 	}
-	return http.NewResponseController(rec.ResponseWriter).Flush()
+	return http.NewResponseController(rec.ResponseWriter).Flush() // or the log could not tell that it breaks
 }
 
-// evict returns how to end the sending. In HTTP/2, a deadline would only have a frame
-// sent that says so, behind all that the client does not read: so the connection ends.
-func (rec *responseRecorder) evict(r *http.Request) func() {
-	if r.ProtoMajor == 2 {
-		conn := connFrom(r.Context())
-		return func() { conn.Close() }
-	}
-	control := http.NewResponseController(rec.ResponseWriter)
-	return func() { control.SetWriteDeadline(time.Unix(1, 0)) }
+// closeConn returns what ends the connection of r, be there TLS or not.
+func closeConn(r *http.Request) func() {
+	return func() { connFrom(r.Context()).Close() }
 }
 
 const (
@@ -125,7 +110,7 @@ func (rec *responseRecorder) linger(r *http.Request) {
 type quota struct {
 	mu     sync.Mutex
 	free   int64
-	leases list.List // of *lease, the oldest first
+	leases []*lease // the oldest first
 }
 
 type lease struct {
@@ -138,19 +123,21 @@ type lease struct {
 func (q *quota) acquire(bytes int64, evict func()) (release func()) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for q.free < bytes && q.leases.Len() > 0 {
-		oldest := q.leases.Remove(q.leases.Front()).(*lease)
+	for q.free < bytes && len(q.leases) > 0 {
+		oldest := q.leases[0]
+		q.leases = slices.Delete(q.leases, 0, 1)
 		q.free += oldest.bytes
-		oldest.bytes = 0
 		oldest.evict()
 	}
 	q.free -= bytes
 	mine := &lease{bytes, evict}
-	element := q.leases.PushBack(mine)
+	q.leases = append(q.leases, mine)
 	return func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		q.free += mine.bytes
-		q.leases.Remove(element) // does nothing if it was evicted
+		if i := slices.Index(q.leases, mine); i >= 0 { // else it was evicted
+			q.leases = slices.Delete(q.leases, i, i+1)
+			q.free += bytes
+		}
 	}
 }

@@ -38,8 +38,8 @@ func TestQuota(t *testing.T) {
 		release()
 	}
 	expect(100)
-	if q.leases.Len() != 0 {
-		t.Errorf("%d leases are left", q.leases.Len())
+	if len(q.leases) != 0 {
+		t.Errorf("%d leases are left", len(q.leases))
 	}
 }
 
