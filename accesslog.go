@@ -19,8 +19,8 @@ import (
 	"unicode/utf8"
 )
 
-// A requestInfo is what is known of a request beside the request itself. The
-// layers write into the one in its context; the access log reads it.
+// A requestInfo is what is known of a request beside the request itself. The layers
+// write into the one in its context; the access log reads it.
 type requestInfo struct {
 	id       string // X-Request-Id
 	traceID  string // of a W3C traceparent; empty without one
@@ -31,14 +31,13 @@ type requestInfo struct {
 
 type infoKey struct{}
 
-// infoFrom returns the requestInfo of a request's context. A context without one is
-// a mistake in the program, and panics: whose request it is must not be guessed.
+// infoFrom returns the requestInfo of a request's context, and panics if there is none:
+// whose request it is must not be guessed.
 func infoFrom(ctx context.Context) *requestInfo { return ctx.Value(infoKey{}).(*requestInfo) }
 
-// observe is the outermost layer. It gives each request an id, a requestInfo and its
-// time, down to its SQL: what is still running after limit is cancelled, and the
-// response is 503. It sends the response when the handlers have returned, and logs
-// one line about it. While draining, each response is the last of its connection.
+// observe is the outermost layer. It gives each request an id, a requestInfo and a
+// deadline, which holds down to its SQL. It sends the response when the handlers have
+// returned, and logs one line. While draining, each response ends its connection.
 func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next http.Handler) http.Handler {
 	sending := &quota{free: quotaBytes}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -52,8 +51,8 @@ func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next 
 			defer sending.acquire(requestBytes(r), closeConn(r))()
 		}
 		unread := false
-		var err error = http.ErrAbortHandler
-		defer func() { // an aborted response is logged too
+		err := http.ErrAbortHandler // unless the handlers return
+		defer func() {
 			logAccess(log, r, rec, info, start, err)
 			if unread && err == nil {
 				rec.linger(r)
@@ -72,7 +71,7 @@ func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next 
 }
 
 // requestBytes returns what a request of HTTP/2 may hold while it is served: its head,
-// buffers, and a body that is small.
+// buffers, and a small body.
 func requestBytes(r *http.Request) int64 {
 	bytes := smallBytes + len(r.RequestURI)
 	if r.ContentLength != 0 {
@@ -86,9 +85,8 @@ func requestBytes(r *http.Request) int64 {
 	return int64(bytes)
 }
 
-// logAccess writes the one line of a request, at a level that follows the outcome:
-// ERROR for a 5xx, WARN for a 4xx and for a response that was aborted, whatever its
-// status, else INFO. Nothing of the query, the header or the body gets into it.
+// logAccess writes the line of a request, at a level that follows the outcome. Nothing
+// of the query, the header or the body gets into it.
 func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *requestInfo, start time.Time, aborted error) {
 	level := slog.LevelInfo
 	switch {
@@ -104,8 +102,7 @@ func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *r
 	if r.Method == http.MethodHead {
 		bytes = 0
 	}
-	attrs := make([]slog.Attr, 0, 10)
-	attrs = append(attrs,
+	attrs := append(make([]slog.Attr, 0, 10),
 		slog.String("method", cut(r.Method, 32)),
 		slog.String("path", loggedPath(r.URL.Path)),
 		slog.Int("status", rec.status),
@@ -126,8 +123,8 @@ func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *r
 	log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// loggedPath returns path with every segment that may be an e-mail address
-// masked, cut at 256 bytes.
+// loggedPath returns path, cut at 256 bytes, with every segment masked that may be an
+// e-mail address.
 func loggedPath(path string) string {
 	if strings.ContainsAny(path, "@%") { // %: an @ that was encoded twice
 		segments := strings.Split(path, "/")
@@ -158,21 +155,18 @@ func cut(s string, n int) string {
 	return s[:n]
 }
 
-// requestID returns the caller's id if it is one that can go into a log and a
-// header as it is, else a new one.
+const idChars = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._~+/=:-"
+
+// requestID returns the caller's id if it is one that can go into a log and a header as
+// it is, else a new one, which tells requests apart, and is no secret.
 func requestID(given []string) string {
-	if len(given) == 1 && len(given[0]) >= 1 && len(given[0]) <= 128 &&
-		strings.IndexFunc(given[0], func(c rune) bool { return !isIDChar(c) }) < 0 {
+	if len(given) == 1 && given[0] != "" && len(given[0]) <= 128 && strings.Trim(given[0], idChars) == "" {
 		return given[0]
 	}
-	var b [16]byte // to tell requests apart, not a secret
+	var b [16]byte
 	binary.NativeEndian.PutUint64(b[:8], rand.Uint64())
 	binary.NativeEndian.PutUint64(b[8:], rand.Uint64())
 	return hex.EncodeToString(b[:])
-}
-
-func isIDChar(c rune) bool {
-	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("._~+/=:-", c)
 }
 
 // traceID returns the trace-id of a traceparent field, or "" if it is not one:
@@ -206,23 +200,23 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(printableWriter{w}, options))
 }
 
-// A printableWriter escapes what is not printable in a line of JSON: what anybody
-// may put into a path must not move the cursor of a terminal, or turn the letters
-// around. slog does so in text, but of JSON only what RFC 8259 demands.
+// A printableWriter escapes what is not printable in a line of JSON: a path must not move
+// the cursor of a terminal, or turn the letters around. slog does so in text, but in JSON
+// only what RFC 8259 demands.
 type printableWriter struct{ io.Writer }
 
 func (w printableWriter) Write(line []byte) (int, error) {
-	escaped := line
-	if bytes.ContainsFunc(line, notPrintable) {
-		escaped = nil
-		for _, r := range string(line) {
-			if !notPrintable(r) {
-				escaped = utf8.AppendRune(escaped, r)
-				continue
-			}
-			for _, unit := range utf16.AppendRune(nil, r) {
-				escaped = fmt.Appendf(escaped, `\u%04x`, unit)
-			}
+	if !bytes.ContainsFunc(line, notPrintable) {
+		return w.Writer.Write(line)
+	}
+	var escaped []byte
+	for _, r := range string(line) {
+		if !notPrintable(r) {
+			escaped = utf8.AppendRune(escaped, r)
+			continue
+		}
+		for _, unit := range utf16.AppendRune(nil, r) {
+			escaped = fmt.Appendf(escaped, `\u%04x`, unit)
 		}
 	}
 	_, err := w.Writer.Write(escaped)

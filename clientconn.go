@@ -16,15 +16,14 @@ import (
 
 // The connections of clients
 //
-// Beside each handler, a goroutine of net/http reads one byte, to notice the end of the
-// connection; and what is longer than its buffer of 4 KiB net/http writes in two. Without
-// TLS, that read returns at once here, the connection of a slow request is checked twice
-// a second, and a response is one write.
+// To notice the end of a connection, net/http reads one byte in a goroutine beside each
+// handler. Without TLS, that read returns at once here, and the connection of a slow request
+// is checked twice a second. A response of more than 4 KiB is one write here, and not two.
 //
-// This relies on connReader.startBackgroundRead of net/http (Go 1.26, server.go): it
-// sets the read deadline to zero and reads one byte, which nothing else does, and gives
-// up when it reads nothing without an error. If that changes, the read waits, which is
-// slower, and TestNobodyReadsInBackground fails.
+// This relies on connReader.startBackgroundRead of net/http (Go 1.26, server.go): it sets
+// the read deadline to zero and reads one byte, which nothing else does, and gives up when
+// it reads nothing without an error. If that changes, the read waits, which is slower, and
+// TestNobodyReadsInBackground fails.
 
 // A socket is a [net.TCPConn] or a [net.UnixConn].
 type socket interface {
@@ -40,10 +39,9 @@ type clientConn struct {
 	out        io.Writer   // what Write writes to: the socket, or the buffer of a oneWriter
 
 	mu      sync.Mutex
-	cancel  context.CancelFunc // of a request whose response has not begun; else nil
-	secure  bool               // there is TLS above
-	checked bool               // a timer runs, which calls check
-	sent    int                // bytes of the response that are out already
+	watched *serverConn // cancelled when the client has gone; nil once the response begins
+	checked bool        // a timer runs, which calls check
+	sent    int         // bytes of the response that are out already
 }
 
 // A clientListener makes a clientConn of each connection that it accepts.
@@ -76,7 +74,7 @@ func (c *clientConn) Read(p []byte) (int, error) {
 func (c *clientConn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	if !bytes.HasPrefix(p, []byte("HTTP/1.1 100 ")) {
-		c.cancel = nil
+		c.watched = nil
 	}
 	sent := min(c.sent, len(p))
 	c.sent -= sent
@@ -87,33 +85,32 @@ func (c *clientConn) Write(p []byte) (int, error) {
 
 const checkInterval = time.Second / 2 // a client that has gone is noticed by the third check
 
-// watch has cancel called when the client has gone, unless the response begins before.
-func (c *clientConn) watch(cancel context.CancelFunc, secure bool) {
+// watch has the request of conn cancelled if the client goes before the response begins.
+func (c *clientConn) watch(conn *serverConn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.cancel, c.secure = cancel, secure
+	c.watched = conn
 	if !c.checked { // else the timer of an earlier request serves
 		c.checked = true
 		time.AfterFunc(checkInterval, c.check)
 	}
 }
 
-// check cancels the request of a client that has gone. One that has closed its half of
-// the connection is sent the first byte of the response, an H: if it has gone, its system
-// resets the connection. With TLS, one half is closed by a close_notify, and TCP stays
-// open (RFC 8446, section 6.1).
+// check cancels the request of a client that has gone. One that has closed its half is sent
+// the first byte of any response, an H: the system of one that has gone then resets the
+// connection. Over TLS, a half is closed without TCP noticing (RFC 8446, section 6.1).
 func (c *clientConn) check() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.checked = c.cancel != nil; !c.checked {
+	if c.checked = c.watched != nil; !c.checked {
 		return
 	}
 	n, err := peek(rawConn(c))
 	switch {
 	case n > 0 || err == syscall.EAGAIN: // it is there
-	case err != nil || c.secure:
-		c.cancel()
-		c.cancel = nil
+	case err != nil || c.watched.tls != nil:
+		c.watched.cancel()
+		c.watched = nil
 	case c.sent == 0:
 		c.sent, _ = c.socket.Write([]byte("H"))
 	}
@@ -129,12 +126,10 @@ func watchClient(next http.Handler) http.Handler {
 		case r.ProtoMajor == 2:
 			next.ServeHTTP(w, r)
 		case conn.tls != nil: // net/http cancels at a close_notify, behind which TCP may be open
-			ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
-			defer cancel()
-			defer context.AfterFunc(r.Context(), func() { c.watch(cancel, true) })()
-			next.ServeHTTP(w, r.WithContext(ctx))
+			defer context.AfterFunc(r.Context(), func() { c.watch(conn) })()
+			next.ServeHTTP(w, r.WithContext(conn.ctx))
 		default:
-			c.watch(conn.cancel, false)
+			c.watch(conn)
 			one := &oneWriter{ResponseWriter: w, conn: c}
 			next.ServeHTTP(one, r)
 			if one.err != nil { // net/http takes the response for sent, and would serve another request

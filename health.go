@@ -8,12 +8,11 @@ import (
 	"net"
 	"net/http"
 	"slices"
-	"strconv"
 	"sync/atomic"
 	"time"
 )
 
-// health answers those who decide whether this process gets traffic, or lives on.
+// health answers whether this process is to live on, and to get requests.
 type health struct {
 	ping     func(context.Context) error // PostgreSQL
 	started  chan struct{}               // closed when requests can be served
@@ -23,6 +22,8 @@ type health struct {
 func newHealth(ping func(context.Context) error, draining *atomic.Bool) *health {
 	return &health{ping: ping, started: make(chan struct{}), draining: draining}
 }
+
+var errStarting = &apiError{kind: kindUnavailable, message: "The service is starting"}
 
 // isStarted reports whether requests can be served.
 func (h *health) isStarted() bool {
@@ -34,8 +35,8 @@ func (h *health) isStarted() bool {
 	}
 }
 
-// live answers GET /health: the process is up. It touches nothing else: a process that
-// does not answer is restarted, and a restart heals no database.
+// live answers GET /health: the process is up. It touches nothing else, since a process
+// that does not answer is restarted, and a restart heals no database.
 func (h *health) live(w http.ResponseWriter, r *http.Request) error {
 	writeBody(w, http.StatusOK, []string{"text/plain; charset=utf-8"}, []byte("OK"))
 	return nil
@@ -44,30 +45,25 @@ func (h *health) live(w http.ResponseWriter, r *http.Request) error {
 // readyTimeout is how long PostgreSQL may take to answer when readiness is asked for.
 const readyTimeout = 2 * time.Second
 
-// ready answers GET /health/ready: send me requests, or rather not.
+// ready answers GET /health/ready: requests can be served.
 func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
-	unready := &apiError{kind: kindUnavailable}
 	switch {
 	case h.draining.Load():
-		unready.message = "The service is stopping"
-		return unready
+		return &apiError{kind: kindUnavailable, message: "The service is stopping"}
 	case !h.isStarted():
-		unready.message = "The service is starting"
-		return unready
+		return errStarting
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
 	defer cancel()
-	if unready.cause = h.ping(ctx); unready.cause != nil {
-		unready.message = "PostgreSQL does not answer"
-		return unready
+	if err := h.ping(ctx); err != nil {
+		return &apiError{kind: kindUnavailable, message: "PostgreSQL does not answer", cause: err}
 	}
 	writeBody(w, http.StatusOK, jsonType, []byte(`{"status":"ready"}`))
 	return nil
 }
 
-// checkHealth asks the configured service, on this host, whether it is ready: the
-// healthcheck command, for containers without curl. All that it needs of the
-// configuration is where the service listens.
+// checkHealth is the healthcheck command: it asks the service on this host whether it is
+// ready. All that it needs of the configuration is where the service listens.
 func checkHealth(ctx context.Context, getenv func(string) string) error {
 	var cfg config
 	for _, v := range cfg.variables() {
@@ -91,8 +87,8 @@ func checkHealth(ctx context.Context, getenv func(string) string) error {
 	return askHere(ctx, addr, cfg.tlsCertFile != "", "/health/ready")
 }
 
-// askHere sends a GET to the service that listens on addr, on this host, and fails
-// unless the response is a 200.
+// askHere sends a GET to the service that listens on addr, on this host. The error is
+// that of a response other than 200, too.
 func askHere(ctx context.Context, addr net.Addr, secure bool, path string) error {
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -100,7 +96,7 @@ func askHere(ctx context.Context, addr net.Addr, secure bool, path string) error
 			conn, err := d.DialContext(ctx, addr.Network(), addr.String()) // 0.0.0.0 and :: are this host
 			if tcp, ok := addr.(*net.TCPAddr); err != nil && ok && tcp.IP.Equal(net.IPv6unspecified) {
 				// What listens on [::] mostly takes IPv4 too, and the host may have no other.
-				return d.DialContext(ctx, "tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(tcp.Port)))
+				return d.DialContext(ctx, "tcp4", fmt.Sprintf(":%d", tcp.Port))
 			}
 			return conn, err
 		},
@@ -109,11 +105,11 @@ func askHere(ctx context.Context, addr net.Addr, secure bool, path string) error
 		// sent, and whatever could answer in its place is on this host already.
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 	}
-	url := "http://rollcall" + path
+	scheme := "http"
 	if secure {
-		url = "https://rollcall" + path
+		scheme = "https"
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://rollcall"+path, nil)
 	if err != nil {
 		return err
 	}

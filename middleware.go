@@ -31,9 +31,8 @@ import (
 //
 //	exactPath      before the mux, which would redirect what this refuses
 
-// Values of fields that nearly every response has, in the form in which Header
-// holds them: to share them spares each response a few allocations. The names
-// that they are stored under have to be in canonical form.
+// Values of fields that nearly every response has, in the form in which Header holds
+// them under canonical names: to share them spares each response a few allocations.
 var (
 	nosniff  = []string{"nosniff"}
 	anybody  = []string{"*"}
@@ -63,50 +62,46 @@ func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 	})
 }
 
-// What cors lets scripts of other origins do (Fetch standard, section 3.2). They
-// may send any field, since libraries add those of their own, such as sentry-trace;
-// Authorization is the one that * does not cover.
+// What cors lets scripts of other origins do (Fetch standard, section 3.2). They may send
+// any field, since libraries add those of their own; * does not cover Authorization.
 const (
 	corsMethods = "GET, HEAD, POST, PUT, PATCH, DELETE"
 	corsHeaders = "*, Authorization"
 )
 
-// cors lets browsers use the service from scripts of the given origins; nil
-// means all. Credentials are not a matter: tokens are sent by the script itself.
+// cors lets browsers use the service from scripts of the given origins; nil means all.
+// Credentials are not a matter: tokens are sent by the script itself.
 func cors(origins []string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		allowed := true
-		if origins == nil {
+		h, origin := w.Header(), r.Header["Origin"]
+		allowed := origins == nil
+		if allowed {
 			h["Access-Control-Allow-Origin"] = anybody
 		} else {
 			h.Add("Vary", "Origin") // also without one: a cache must not mix the two
-			origin := r.Header["Origin"]
 			if allowed = len(origin) == 1 && slices.Contains(origins, origin[0]); allowed {
 				h["Access-Control-Allow-Origin"] = origin
 			}
 		}
-		preflight := r.Method == http.MethodOptions && r.Header["Origin"] != nil && r.Header["Access-Control-Request-Method"] != nil
-		switch {
-		case preflight && allowed:
-			h.Set("Access-Control-Allow-Methods", corsMethods)
-			h.Set("Access-Control-Allow-Headers", corsHeaders)
-			h.Set("Access-Control-Max-Age", "7200") // seconds; the longest that all browsers keep
-		case allowed:
-			h["Access-Control-Expose-Headers"] = exposed
-		}
-		if preflight {
+		if r.Method == http.MethodOptions && origin != nil && r.Header["Access-Control-Request-Method"] != nil { // a preflight
+			if allowed {
+				h.Set("Access-Control-Allow-Methods", corsMethods)
+				h.Set("Access-Control-Allow-Headers", corsHeaders)
+				h.Set("Access-Control-Max-Age", "7200") // seconds; the longest that all browsers keep
+			}
 			w.WriteHeader(http.StatusNoContent)
 			return
+		}
+		if allowed {
+			h["Access-Control-Expose-Headers"] = exposed
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// exactPath refuses the paths that ServeMux would redirect to a cleaner one,
-// such as //health or /api/../health: no client of ours sends them, and a
-// check that sees another path than the handler is a hole. It also answers
-// "OPTIONS *", which asks about the server as a whole (RFC 9110, section 9.3.7).
+// exactPath refuses the paths that ServeMux would redirect to a cleaner one, such as
+// /api/../health: a check that sees another path than the handler is a hole. It also
+// answers "OPTIONS *", which asks about the server (RFC 9110, section 9.3.7).
 func exactPath(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch p := r.URL.Path; {
@@ -125,7 +120,7 @@ func exactPath(next http.Handler) http.Handler {
 func requireReady(h *health, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !h.isStarted() {
-			writeError(w, r, &apiError{kind: kindUnavailable, message: "The service is starting"})
+			writeError(w, r, errStarting)
 			return
 		}
 		next.ServeHTTP(w, r)
