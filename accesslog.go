@@ -48,7 +48,7 @@ func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next 
 		h["X-Content-Type-Options"] = nosniff
 		rec := &responseRecorder{ResponseWriter: w}
 		if r.ProtoMajor == 2 {
-			defer sending.acquire(requestBytes(r), closeConn(r))()
+			defer sending.acquire(requestBytes(r), connFrom(r.Context()))()
 		}
 		unread := false
 		err := http.ErrAbortHandler // unless the handlers return

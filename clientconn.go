@@ -25,18 +25,11 @@ import (
 // it reads nothing without an error. If that changes, the read waits, which is slower, and
 // TestNobodyReadsInBackground fails.
 
-// A socket is a [net.TCPConn] or a [net.UnixConn].
-type socket interface {
-	net.Conn
-	syscall.Conn
-	CloseWrite() error // net/http calls it before Close, when something may be unread
-}
-
 // A clientConn is the connection of a client.
 type clientConn struct {
-	socket
+	*net.TCPConn
 	background atomic.Bool // the next read of one byte is the one that waits for the end
-	out        io.Writer   // what Write writes to: the socket, or the buffer of a oneWriter
+	out        io.Writer   // what Write writes to: the TCPConn, or the buffer of a oneWriter
 
 	mu      sync.Mutex
 	watched *serverConn // cancelled when the client has gone; nil once the response begins
@@ -44,30 +37,30 @@ type clientConn struct {
 	sent    int         // bytes of the response that are out already
 }
 
-// A clientListener makes a clientConn of each connection that it accepts.
+// A clientListener makes a clientConn of each TCP connection that it accepts.
 type clientListener struct{ net.Listener }
 
 func watchedListener(l net.Listener) net.Listener { return clientListener{l} }
 
 func (l clientListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		return &clientConn{TCPConn: tcp, out: tcp}, nil
 	}
-	return &clientConn{socket: conn.(socket), out: conn}, nil
+	return conn, err
 }
 
 // SetReadDeadline is how net/http begins to wait for the end: without a deadline.
 func (c *clientConn) SetReadDeadline(t time.Time) error {
 	c.background.Store(t.IsZero())
-	return c.socket.SetReadDeadline(t)
+	return c.TCPConn.SetReadDeadline(t)
 }
 
 func (c *clientConn) Read(p []byte) (int, error) {
 	if len(p) == 1 && c.background.CompareAndSwap(true, false) {
 		return 0, nil
 	}
-	return c.socket.Read(p)
+	return c.TCPConn.Read(p)
 }
 
 // Write begins the response, or writes a part of it, but for what is out already.
@@ -105,14 +98,13 @@ func (c *clientConn) check() {
 	if c.checked = c.watched != nil; !c.checked {
 		return
 	}
-	n, err := peek(rawConn(c))
-	switch {
+	switch n, err := peek(rawConn(c)); {
 	case n > 0 || err == syscall.EAGAIN: // it is there
 	case err != nil || c.watched.tls != nil:
 		c.watched.cancel()
 		c.watched = nil
 	case c.sent == 0:
-		c.sent, _ = c.socket.Write([]byte("H"))
+		c.sent, _ = c.TCPConn.Write([]byte("H"))
 	}
 	time.AfterFunc(checkInterval, c.check)
 }
@@ -121,9 +113,9 @@ func (c *clientConn) check() {
 func watchClient(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn := connFrom(r.Context())
-		c := conn.Conn.(*clientConn)
+		c, ok := conn.Conn.(*clientConn)
 		switch {
-		case r.ProtoMajor == 2:
+		case !ok || r.ProtoMajor == 2:
 			next.ServeHTTP(w, r)
 		case conn.tls != nil: // net/http cancels at a close_notify, behind which TCP may be open
 			defer context.AfterFunc(r.Context(), func() { c.watch(conn) })()
@@ -158,10 +150,11 @@ func (w *oneWriter) Write(p []byte) (int, error) {
 	held := heldBuffers.Get().(*bytes.Buffer)
 	defer heldBuffers.Put(held)
 	held.Reset()
+	out := w.conn.out
 	w.conn.out = held
 	w.ResponseWriter.Write(p)
 	http.NewResponseController(w.ResponseWriter).Flush()
-	w.conn.out = w.conn.socket
-	_, w.err = w.conn.socket.Write(held.Bytes())
+	w.conn.out = out
+	_, w.err = out.Write(held.Bytes())
 	return len(p), w.err
 }

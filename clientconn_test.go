@@ -74,36 +74,24 @@ func TestNobodyReadsInBackground(t *testing.T) {
 	}
 }
 
-// A countedConn counts what is written to it, call by call.
-type countedConn struct {
-	socket
+// A countedWriter counts what is written to it, call by call.
+type countedWriter struct {
+	io.Writer
 	writes *atomic.Int64
 }
 
-func (c countedConn) Write(p []byte) (int, error) {
-	c.writes.Add(1)
-	return c.socket.Write(p)
-}
-
-type countedListener struct {
-	net.Listener
-	writes atomic.Int64
-}
-
-func (l *countedListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return countedConn{c.(socket), &l.writes}, nil
+func (w countedWriter) Write(p []byte) (int, error) {
+	w.writes.Add(1)
+	return w.Writer.Write(p)
 }
 
 // However long a response is, up to smallBytes, it goes out in one write.
 func TestOneWritePerResponse(t *testing.T) {
 	t.Parallel()
-	tcp, _ := newListener(t)
-	counted := &countedListener{Listener: tcp}
-	url := serveOn(t, counted, underObserve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	var written atomic.Int64
+	url := serveOn(t, nil, underObserve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := connFrom(r.Context()).Conn.(*clientConn)
+		c.out = countedWriter{c.TCPConn, &written}
 		n, _ := strconv.Atoi(r.URL.Path[1:])
 		w.Write(bytes.Repeat([]byte("x"), n))
 	})))
@@ -114,7 +102,7 @@ func TestOneWritePerResponse(t *testing.T) {
 			continue
 		}
 		for _, method := range []string{"GET", "HEAD"} {
-			before := counted.writes.Load()
+			before := written.Load()
 			request, err := http.NewRequest(method, fmt.Sprintf("%s/%d", url, n), nil)
 			if err != nil {
 				t.Fatal(err)
@@ -128,7 +116,7 @@ func TestOneWritePerResponse(t *testing.T) {
 			if err != nil || resp.ContentLength != int64(n) || method == "GET" && len(body) != n || method == "HEAD" && len(body) != 0 {
 				t.Fatalf("%s, %d bytes: got %d of %d, %v", method, n, len(body), resp.ContentLength, err)
 			}
-			if writes := counted.writes.Load() - before; n < smallBytes-1024 && writes != 1 {
+			if writes := written.Load() - before; n < smallBytes-1024 && writes != 1 {
 				t.Fatalf("%s, %d bytes: %d writes", method, n, writes)
 			}
 		}

@@ -12,14 +12,14 @@ import (
 	"strings"
 )
 
-// What wraps every request. Each layer is a plain http.Handler around the next
-// one; newHandler in main.go puts them in this order, outermost first:
+// What wraps every request. Each layer is an http.Handler around the next one, in the
+// order in which newHandler in main.go puts them, outermost first:
 //
 //	observe        first, so that every response has an id, a deadline and a line in the log
 //	recoverPanics  inside observe, which sends and logs the 500; around all that may panic
 //	cors           outside auth and mux, or a preflight would be a 401 or a 405
 //
-// then, for the API alone, since health must respond whatever happens:
+// then, for the API alone, since health must always respond:
 //
 //	requireAuth    before all else, so that a stranger learns and occupies nothing
 //	requireReady   before more is spent on a request that can't be served
@@ -47,16 +47,14 @@ var (
 func recoverPanics(log *slog.Logger, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
-			v := recover()
-			if v == nil {
-				return
-			}
-			if v == http.ErrAbortHandler { // the handler wants the connection to end
+			switch v := recover(); v {
+			case nil:
+			case http.ErrAbortHandler: // the handler wants the connection to end
 				panic(v)
+			default:
+				log.Error("panic", "value", fmt.Sprint(v), "request_id", infoFrom(r.Context()).id, "stack", string(debug.Stack()))
+				writeError(w, r, fmt.Errorf("panic: %v", v))
 			}
-			log.Error("panic", "value", fmt.Sprint(v), "request_id", infoFrom(r.Context()).id, "stack", string(debug.Stack()))
-			w.(*responseRecorder).reset()
-			writeError(w, r, fmt.Errorf("panic: %v", v))
 		}()
 		next.ServeHTTP(w, r)
 	})
@@ -127,9 +125,8 @@ func requireReady(h *health, next http.Handler) http.Handler {
 	})
 }
 
-// readBody reads the body of a request, of max bytes at most, before the next
-// layer sees the request. A method that has no use for a body, or that routes has
-// no handler for, leaves it to [observe].
+// readBody reads the body of a request, of max bytes at most, before the next layer sees
+// the request. A body that no handler of routes has a use for is left to [observe].
 func readBody(max int64, routes *http.ServeMux, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.Method {
@@ -148,8 +145,8 @@ func readBody(max int64, routes *http.ServeMux, next http.Handler) http.Handler 
 	})
 }
 
-// limitInFlight refuses the requests beyond max at a time. To refuse at once is
-// kinder than a queue in which all wait until none can be served in time.
+// limitInFlight refuses the requests beyond max at a time: at once, which is better than
+// a queue in which all wait until none can be served in time.
 func limitInFlight(max int, next http.Handler) http.Handler {
 	inFlight := make(chan struct{}, max) // a semaphore: send to acquire, receive to release
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -37,9 +37,6 @@ func (rec *responseRecorder) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// reset forgets what was written, but for the header.
-func (rec *responseRecorder) reset() { rec.status, rec.body = 0, nil }
-
 const (
 	// smallBytes is what one client may have in memory uncounted: net/http's
 	// buffers and the header of a request take as much.
@@ -65,7 +62,7 @@ func (rec *responseRecorder) send(r *http.Request, sending *quota, last bool) er
 		h["Content-Length"] = []string{strconv.Itoa(len(rec.body))}
 	}
 	if len(rec.body) > smallBytes {
-		defer sending.acquire(int64(len(rec.body)), closeConn(r))()
+		defer sending.acquire(int64(len(rec.body)), connFrom(r.Context()))()
 	}
 	rec.ResponseWriter.WriteHeader(rec.status)
 	if r.Method == http.MethodHead {
@@ -81,11 +78,6 @@ func (rec *responseRecorder) send(r *http.Request, sending *quota, last bool) er
 		}
 	}
 	return http.NewResponseController(rec.ResponseWriter).Flush() // or the log could not tell that it breaks
-}
-
-// closeConn returns what ends the connection of r, be there TLS or not.
-func closeConn(r *http.Request) func() {
-	return func() { connFrom(r.Context()).Close() }
 }
 
 const (
@@ -115,22 +107,22 @@ type quota struct {
 
 type lease struct {
 	bytes int64
-	evict func()
+	conn  io.Closer
 }
 
-// acquire takes some bytes until release is called, even more than there are.
-// evict may be called until release returns, and must not wait.
-func (q *quota) acquire(bytes int64, evict func()) (release func()) {
+// acquire takes some bytes until release is called, even more than there are. If others
+// need them before, conn is closed.
+func (q *quota) acquire(bytes int64, conn io.Closer) (release func()) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for q.free < bytes && len(q.leases) > 0 {
 		oldest := q.leases[0]
 		q.leases = slices.Delete(q.leases, 0, 1)
 		q.free += oldest.bytes
-		oldest.evict()
+		oldest.conn.Close()
 	}
 	q.free -= bytes
-	mine := &lease{bytes, evict}
+	mine := &lease{bytes, conn}
 	q.leases = append(q.leases, mine)
 	return func() {
 		q.mu.Lock()

@@ -8,12 +8,17 @@ import (
 	"testing"
 )
 
+// A closer is an io.Closer that calls a function.
+type closer func()
+
+func (c closer) Close() error { c(); return nil }
+
 func TestQuota(t *testing.T) {
 	t.Parallel()
 	var evicted []string
 	q := &quota{free: 100}
 	acquire := func(name string, bytes int64) (release func()) {
-		return q.acquire(bytes, func() { evicted = append(evicted, name) })
+		return q.acquire(bytes, closer(func() { evicted = append(evicted, name) }))
 	}
 	expect := func(free int64, names ...string) {
 		t.Helper()
