@@ -34,13 +34,13 @@ import (
 // Values of fields that nearly every response has, in the form in which Header holds
 // them under canonical names: to share them spares each response a few allocations.
 var (
-	nosniff  = []string{"nosniff"}
-	anybody  = []string{"*"}
-	exposed  = []string{"ETag, Link, Location, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, X-Request-Id"}
-	jsonType = []string{"application/json"}
-	closing  = []string{"close"}
-	noStore  = []string{"no-store"}
-	noCache  = []string{"private, no-cache"} // a browser may keep it, and has to ask each time
+	nosniff         = []string{"nosniff"}
+	anyOrigin       = []string{"*"}
+	corsExposed     = []string{"ETag, Link, Location, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, X-Request-Id"}
+	jsonType        = []string{"application/json"}
+	connectionClose = []string{"close"}
+	noStore         = []string{"no-store"}
+	noCache         = []string{"private, no-cache"} // a browser may keep it, and has to ask each time
 )
 
 // recoverPanics turns a panic into a 500, its stack into the log.
@@ -74,7 +74,7 @@ func cors(origins []string, next http.Handler) http.Handler {
 		h, origin := w.Header(), r.Header["Origin"]
 		allowed := origins == nil
 		if allowed {
-			h["Access-Control-Allow-Origin"] = anybody
+			h["Access-Control-Allow-Origin"] = anyOrigin
 		} else {
 			h.Add("Vary", "Origin") // also without one: a cache must not mix the two
 			if allowed = len(origin) == 1 && slices.Contains(origins, origin[0]); allowed {
@@ -91,7 +91,7 @@ func cors(origins []string, next http.Handler) http.Handler {
 			return
 		}
 		if allowed {
-			h["Access-Control-Expose-Headers"] = exposed
+			h["Access-Control-Expose-Headers"] = corsExposed
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -52,7 +52,7 @@ func (rec *responseRecorder) send(r *http.Request, sending *quota, last bool) er
 	rec.WriteHeader(http.StatusOK) // unless it is written
 	h := rec.Header()
 	if last {
-		h["Connection"] = closing
+		h["Connection"] = connectionClose
 	}
 	h["Cache-Control"] = noStore
 	if h["Etag"] != nil { // to ask by again (RFC 9111, section 5.2.2)
