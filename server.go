@@ -96,8 +96,8 @@ func newServer(cfg config, log *slog.Logger) *server {
 // a PING: a client that reads 350 kbit/s responds to that in time.
 const http2WriteBuffer = 64 << 10
 
-// serve serves until the listener is closed, which is no error. If ctx has ended by then,
-// connections in the backlog are for the successor.
+// serve serves until the listener is closed, which is no error. If ctx has ended before, it
+// serves nobody: connections in the backlog are for the successor.
 func (s *server) serve(ctx context.Context, listener net.Listener) error {
 	defer close(s.served)
 	if ctx.Err() != nil {
@@ -252,8 +252,9 @@ func (s *server) makeRoom() {
 
 // closesBefore reports whether makeRoom is to close c rather than other.
 func (c *serverConn) closesBefore(other *serverConn) bool {
-	if active := c.state == http.StateActive; active != (other.state == http.StateActive) {
-		return !active
+	active, otherActive := c.state == http.StateActive, other.state == http.StateActive
+	if active != otherActive {
+		return otherActive
 	}
 	return c.since.Before(other.since)
 }
