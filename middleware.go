@@ -81,7 +81,8 @@ func cors(origins []string, next http.Handler) http.Handler {
 				h["Access-Control-Allow-Origin"] = origin
 			}
 		}
-		if r.Method == http.MethodOptions && origin != nil && r.Header["Access-Control-Request-Method"] != nil { // a preflight
+		preflight := r.Method == http.MethodOptions && origin != nil && r.Header["Access-Control-Request-Method"] != nil
+		if preflight {
 			if allowed {
 				h.Set("Access-Control-Allow-Methods", corsMethods)
 				h.Set("Access-Control-Allow-Headers", corsHeaders)

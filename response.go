@@ -77,7 +77,7 @@ func (rec *responseRecorder) send(r *http.Request, sending *quota, last bool) er
 			return err
 		}
 	}
-	return http.NewResponseController(rec.ResponseWriter).Flush() // or the log could not tell that it breaks
+	return http.NewResponseController(rec.ResponseWriter).Flush() // else the log could not tell of an error
 }
 
 const (
