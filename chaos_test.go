@@ -656,7 +656,7 @@ func TestLoad(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	l := startLoad(t, s.url, 8)
-	l.wait(2000)
+	l.wait(600)
 	l.end()
 	var live []*account
 	for _, c := range l.clients {
@@ -665,7 +665,7 @@ func TestLoad(t *testing.T) {
 	if len(live) < 5 {
 		t.Fatalf("%d users are left to tamper with", len(live))
 	}
-	if o := l.stop(s.db); o.requests < 2000 || o.worst == 0 || o.failed+o.lost+o.doubled > 0 {
+	if o := l.stop(s.db); o.requests < 600 || o.worst == 0 || o.failed+o.lost+o.doubled > 0 {
 		t.Errorf("untouched: %+v", o)
 	}
 	mustExec(t, s.db, "DELETE FROM users WHERE id = $1", live[0].id)

@@ -24,6 +24,9 @@ func TestChaosCrash(t *testing.T) {
 	onlyLinux(t)
 	rounds := chaosRounds(t, 5, 1)
 	dir := socketDir(t)
+	if err := copyCluster(dir); err != nil {
+		t.Fatal(err)
+	}
 	d, err := startPostgres(t.Context(), dir) // with PostgreSQL's defaults: it acknowledges what is on disk
 	if err != nil {
 		t.Fatal(err)

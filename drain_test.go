@@ -22,11 +22,11 @@ import (
 	"time"
 )
 
-// The program is replaced under load, 5 times over, or 20 with ROLLCALL_CHAOS: no
+// The program is replaced under load, 3 times over, or 20 with ROLLCALL_CHAOS: no
 // request fails. The test is the service manager: it holds the listening socket,
 // and hears from each process when it is ready.
 func TestChaosReplace(t *testing.T) {
-	restarts, delay := chaosRounds(t, 20, 5), "500ms" // that of the unit: a machine that stood still for lastCall fails nobody
+	restarts, delay := chaosRounds(t, 20, 3), "500ms" // that of the unit: a machine that stood still for lastCall fails nobody
 	if os.Getenv("ROLLCALL_CHAOS") != "" {
 		delay = "0s" // the hardest
 	}

@@ -64,7 +64,7 @@ func newNode(t *testing.T, port string) *node {
 func newPrimary(t *testing.T) *node {
 	t.Helper()
 	n := newNode(t, freePort(t))
-	if err := n.initialize(t.Context()); err != nil {
+	if err := copyCluster(n.dir); err != nil {
 		t.Fatal(err)
 	}
 	n.serve()

@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +14,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,7 +29,7 @@ import (
 // its own for each, and the real program behind a real port.
 
 // patience is how long a test waits for what has to happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 func TestMain(m *testing.M) {
 	if os.Getenv("ROLLCALL_TEST_MAIN") != "" { // a test runs this binary as the program
@@ -36,6 +40,10 @@ func TestMain(m *testing.M) {
 		return
 	}
 	dotenvFile = "" // that of whoever runs the tests is none of theirs
+	flag.Parse()
+	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
+		parallel.Value.Set(strconv.Itoa(2 * runtime.GOMAXPROCS(0))) // most of them wait most of the time
+	}
 	os.Exit(runTests(m))
 }
 
@@ -51,6 +59,9 @@ func testDatabase(t testing.TB) *privatePostgres {
 	t.Helper()
 	postgres.once.Do(inBackground(func() {
 		if postgres.dir, postgres.err = os.MkdirTemp("", "rollcall-test-"); postgres.err == nil {
+			postgres.err = copyCluster(postgres.dir)
+		}
+		if postgres.err == nil {
 			// The data is thrown away, so it need not survive a crash of the machine.
 			postgres.started, postgres.err = startPostgres(context.Background(), postgres.dir,
 				"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=400")
@@ -60,6 +71,38 @@ func testDatabase(t testing.TB) *privatePostgres {
 		t.Fatal(postgres.err)
 	}
 	return postgres.started
+}
+
+// cluster is what initdb makes: once for all tests of which it is not the subject.
+var cluster struct {
+	once sync.Once
+	privatePostgres
+	err error
+}
+
+// copyCluster puts a cluster into dir, for a PostgreSQL that is started there.
+func copyCluster(dir string) error {
+	cluster.once.Do(inBackground(func() {
+		if cluster.dir, cluster.err = os.MkdirTemp("", "rollcall-test-"); cluster.err != nil {
+			return
+		}
+		for _, step := range []func(context.Context) error{
+			cluster.lockFolder, cluster.choosePrograms, cluster.chooseAccount, cluster.initialize,
+		} {
+			if cluster.err = step(context.Background()); cluster.err != nil {
+				break
+			}
+		}
+		cluster.err = cmp.Or(cluster.err, cluster.stop())
+	}))
+	if cluster.err != nil {
+		return cluster.err
+	}
+	out, err := exec.Command("cp", "-Rp", cluster.path("data"), dir).CombinedOutput() // root keeps its owner
+	if err != nil {
+		return fmt.Errorf("cp: %w: %s", err, out)
+	}
+	return nil
 }
 
 var schemas atomic.Int64

@@ -56,7 +56,8 @@ func inBackground(f func()) func() {
 // waitGone waits until no goroutine but our own has a description with text in
 // it, and returns those of the ones that stay.
 func waitGone(text string) (left string) {
-	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) { // between two looks
+	deadline := time.Now().Add(patience)
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) { // between two looks, of which each is dear
 		left = ""
 		var profile bytes.Buffer
 		pprof.Lookup("goroutine").WriteTo(&profile, 1)
@@ -71,6 +72,7 @@ func waitGone(text string) (left string) {
 			return left
 		}
 		client.CloseIdleConnections() // which wait for a next request, each with two goroutines
+		time.Sleep(pause)
 	}
 }
 
@@ -107,6 +109,7 @@ func runTests(m *testing.M) int {
 		postgres.started.stop()
 	}
 	os.RemoveAll(postgres.dir)
+	os.RemoveAll(cluster.dir)
 	if code != 0 {
 		return code
 	}

@@ -49,7 +49,7 @@ func newProcess(t testing.TB, dir string, env map[string]string, args ...string)
 	checkLeaks(t)
 	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), stdout: new(syncBuffer), stderr: new(syncBuffer)}
 	p.cmd.Dir, p.cmd.Stdout, p.cmd.Stderr = dir, p.stdout, p.stderr
-	p.cmd.Env = []string{"ROLLCALL_TEST_MAIN=1", "PATH=" + os.Getenv("PATH")}
+	p.cmd.Env = []string{"ROLLCALL_TEST_MAIN=1", "PATH=" + os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0"}
 	for name, value := range env {
 		p.cmd.Env = append(p.cmd.Env, name+"="+value)
 	}

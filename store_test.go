@@ -587,10 +587,10 @@ func TestTableChanges(t *testing.T) {
 		s := newService(t)
 		mustExec(t, s.db, address)
 		l := startLoad(t, s.url, chaosConns)
-		l.wait(300)
+		l.wait(100)
 		for _, change := range changes {
 			mustExec(t, s.db, change)
-			l.wait(300)
+			l.wait(100)
 		}
 		o := l.stop(s.db)
 		o.faults = len(changes)

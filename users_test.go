@@ -493,7 +493,7 @@ func TestListQuery(t *testing.T) {
 func TestPagingWhileInserting(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	const rows = 3000
+	const rows = 1000
 	// Many share their created_at, so that the id has to decide.
 	mustExec(t, s.db, `INSERT INTO users (id, email, name, created_at)
 		SELECT gen_random_uuid(), 'u' || i || '@example.com', 'x', timestamptz '2024-01-01Z' + i / 50 * interval '1 microsecond'
@@ -570,7 +570,7 @@ func TestConcurrentCreates(t *testing.T) {
 	}
 }
 
-// With If-Match, none of 200 concurrent read-change-write rounds is lost.
+// With If-Match, none of 50 concurrent read-change-write rounds is lost.
 func TestConcurrentConditionalUpdates(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
@@ -578,7 +578,7 @@ func TestConcurrentConditionalUpdates(t *testing.T) {
 	path := a.header.Get("Location")
 	tags := sync.Map{}
 	var wg sync.WaitGroup
-	for range 200 {
+	for range 50 {
 		wg.Go(func() {
 			for {
 				got, err := s.try("GET", path, "")
@@ -608,8 +608,8 @@ func TestConcurrentConditionalUpdates(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if name := s.call("GET", path, "").user(t)["name"]; name != "200" {
-		t.Errorf("200 updates, and the name is %q", name)
+	if name := s.call("GET", path, "").user(t)["name"]; name != "50" {
+		t.Errorf("50 updates, and the name is %q", name)
 	}
 }
 
@@ -935,7 +935,7 @@ func TestUUIDv7(t *testing.T) {
 func TestMixedLoad(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	const workers, rounds = 32, 30
+	const workers, rounds = 16, 15
 	var mu sync.Mutex
 	owner := make(map[string]string) // of an address: the id that an answer gave it to
 	var wg sync.WaitGroup
