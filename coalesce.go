@@ -8,7 +8,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -25,20 +24,19 @@ import (
 // process to wake, a response to send, and for a write a disk to wait for. So
 // requests that wait at the same moment share a statement.
 //
-// There is no added delay. A request that finds no statement under way runs its
-// own at once, alone. Requests that come meanwhile wait; when the statement has
-// ended, the next one takes those that wait by then. The busier it gets, the more
-// requests share a statement. So all reads take turns, and all writes. Two kinds of
-// statements do not keep the next one waiting: a full one, which more requests would
-// hardly make cheaper, and one that takes longer than maxHold.
+// There is no added delay. A request that finds no statement under way runs its own at
+// once. Requests that come meanwhile wait; when the statement has ended, the next one
+// takes those that wait by then. The busier it gets, the more requests share a
+// statement. So all reads take turns, and all writes. Two kinds of statements do not keep
+// the next one waiting: a full one, and one that takes longer than maxHold.
 //
 // A request that the shared statement leaves out runs a statement of its own, by
 // the store below: because its row is locked, or because the shared statement
 // failed and only one of its requests may be the reason.
 
 const (
-	// maxBatch is the number of requests that make a batch full. By then, the cost
-	// of a statement as such is some hundredths of what its requests cost.
+	// maxBatch is the number of requests that make a batch full. By then, the cost of a
+	// statement as such is some hundredths of what its requests cost.
 	maxBatch = 24
 	// maxHold is how long a statement keeps the next one waiting: several times what
 	// an ordinary commit takes.
@@ -54,14 +52,13 @@ type batcher[Q, A any] struct {
 	// when no request waits for it any more.
 	many func(ctx context.Context, calls []*call[Q, A])
 
-	limit  int       // calls that make a batch full
 	writes bool      // a call that is given up may have been executed
-	turn   semaphore // of the batch that keeps the next one waiting
-	beside semaphore // of full batches that run beside that one
+	turn   semaphore // of the statement that keeps the next one waiting
+	full   semaphore // of full batches, which need no turn
 
 	mu      sync.Mutex
 	waiting []*call[Q, A] // in the order of their arrival
-	led     bool          // a goroutine waits for the turn, to take them
+	next    bool          // runNext is under way, to take them
 }
 
 // A semaphore bounds what runs at a time: send to acquire, receive to release.
@@ -72,43 +69,42 @@ type call[Q, A any] struct {
 	ask    Q
 	answer A
 	err    error
-	panic  any // what its batch panicked with
 
 	batch *batch[Q, A]  // that has taken the call; nil while it waits
-	done  chan struct{} // closed when answer, err and panic are set
+	done  chan struct{} // closed when answer and err are set
 }
 
 // A batch is the calls of one statement.
 type batch[Q, A any] struct {
-	calls  []*call[Q, A]
-	ctx    context.Context
-	cancel context.CancelFunc
-	left   int // calls whose requests still wait; under the lock of the batcher
+	calls   []*call[Q, A]
+	ctx     context.Context
+	cancel  context.CancelFunc
+	waiting int // requests that wait for it; under the lock of the batcher
 }
 
 // do answers ask, possibly together with others. A call joins only a batch that
 // has not been sent: so a read sees every write that was acknowledged before it.
 // When ctx ends first, the error is ctx's; of a write whose batch was sent, it
 // matches [errAmbiguous].
-func (b *batcher[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
+func (b *batcher[Q, A]) do(ctx context.Context, ask Q) (A, error) {
 	b.mu.Lock()
-	if !b.led { // and so nobody waits
+	if !b.next { // and so nobody waits
 		select {
 		case b.turn <- struct{}{}:
 			b.mu.Unlock()
 			defer b.hold()()
 			return b.one(ctx, ask)
 		default:
-			b.led = true
-			go b.lead()
+			b.next = true
+			go b.runNext()
 		}
 	}
 	me := &call[Q, A]{ask: ask, done: make(chan struct{})}
 	b.waiting = append(b.waiting, me)
-	if len(b.waiting) >= b.limit {
+	if len(b.waiting) >= maxBatch {
 		select {
-		case b.beside <- struct{}{}:
-			go b.runBeside(b.take())
+		case b.full <- struct{}{}:
+			go b.runFull(b.take())
 		default:
 		}
 	}
@@ -116,30 +112,28 @@ func (b *batcher[Q, A]) do(ctx context.Context, ask Q) (answer A, err error) {
 
 	select {
 	case <-me.done:
-		if me.panic != nil {
-			panic(me.panic)
-		}
 		return me.answer, me.err
 	case <-ctx.Done():
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		select {
-		case <-me.done: // at the same moment
-			return me.answer, me.err
-		default:
-		}
-		if me.batch == nil {
-			b.waiting = slices.DeleteFunc(b.waiting, func(c *call[Q, A]) bool { return c == me })
-			return answer, ctx.Err()
-		}
-		if me.batch.left--; me.batch.left == 0 {
-			me.batch.cancel() // nobody waits for it any more
-		}
-		if b.writes {
-			return answer, fmt.Errorf("%w (%w)", ctx.Err(), errAmbiguous)
-		}
-		return answer, ctx.Err()
+		var none A
+		return none, b.leave(me, ctx.Err())
 	}
+}
+
+// leave gives up a call. It returns the error of the call, made of cause.
+func (b *batcher[Q, A]) leave(me *call[Q, A], cause error) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if me.batch == nil {
+		b.waiting = slices.DeleteFunc(b.waiting, func(c *call[Q, A]) bool { return c == me })
+		return cause
+	}
+	if me.batch.waiting--; me.batch.waiting == 0 {
+		me.batch.cancel()
+	}
+	if b.writes {
+		return fmt.Errorf("%w (%w)", cause, errAmbiguous)
+	}
+	return cause
 }
 
 // hold keeps the turn until release is called, or for maxHold.
@@ -152,29 +146,28 @@ func (b *batcher[Q, A]) hold() (release func()) {
 	}
 }
 
-// lead waits for the turn, and runs a batch of the calls that wait by then.
-func (b *batcher[Q, A]) lead() {
+// runNext waits for the turn, and runs a batch of the calls that wait by then.
+func (b *batcher[Q, A]) runNext() {
 	b.turn <- struct{}{}
 	defer b.hold()()
-	runtime.Gosched() // requests that are ready to run come first, and share the batch
 	b.mu.Lock()
 	taken := b.take()
-	if b.led = len(b.waiting) > 0; b.led {
-		go b.lead()
+	if b.next = len(b.waiting) > 0; b.next {
+		go b.runNext()
 	}
 	b.mu.Unlock()
 	b.run(taken)
 }
 
-func (b *batcher[Q, A]) runBeside(full *batch[Q, A]) {
-	b.run(full)
-	<-b.beside
+func (b *batcher[Q, A]) runFull(taken *batch[Q, A]) {
+	b.run(taken)
+	<-b.full
 }
 
 // take makes a batch of calls that wait.
 func (b *batcher[Q, A]) take() *batch[Q, A] {
-	n := min(len(b.waiting), b.limit)
-	taken := &batch[Q, A]{calls: slices.Clone(b.waiting[:n]), left: n}
+	n := min(len(b.waiting), maxBatch)
+	taken := &batch[Q, A]{calls: slices.Clone(b.waiting[:n]), waiting: n}
 	taken.ctx, taken.cancel = context.WithCancel(context.Background())
 	for _, c := range taken.calls {
 		c.batch = taken
@@ -187,7 +180,7 @@ func (b *batcher[Q, A]) take() *batch[Q, A] {
 func (b *batcher[Q, A]) run(taken *batch[Q, A]) {
 	defer taken.cancel()
 	calls := taken.calls
-	guard(calls, func() {
+	catchPanic(calls, func() {
 		switch len(calls) {
 		case 0: // they have left
 		case 1:
@@ -201,24 +194,24 @@ func (b *batcher[Q, A]) run(taken *batch[Q, A]) {
 	}
 }
 
-// guard calls f. If it panics, so do the calls, each in the goroutine of its request.
-func guard[Q, A any](calls []*call[Q, A], f func()) {
+// catchPanic calls f, and has the calls fail if it panics.
+func catchPanic[Q, A any](calls []*call[Q, A], f func()) {
 	defer func() {
 		if v := recover(); v != nil {
 			for _, c := range calls {
-				c.panic = fmt.Sprintf("%v\n%s", v, debug.Stack())
+				c.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 			}
 		}
 	}()
 	f()
 }
 
-// A batchedStore is a [userStore] that batches what it asks of another one.
+// A batchedStore is a [userStore] that asks PostgreSQL for many requests at a time.
 type batchedStore struct {
 	userStore
 	pg      *pgStore
 	singles semaphore // of writes that run alone, beside the batches
-	reading semaphore // of statements of lists, so that they leave connections to others
+	pages   semaphore // of statements of lists, so that they leave connections to others
 
 	creates *batcher[newUser, user]
 	gets    *batcher[string, user]
@@ -226,30 +219,29 @@ type batchedStore struct {
 	lists   *batcher[listQuery, *page]
 }
 
-// coalesce returns a store that does what next does, for many requests at a time
-// by statements of its own on pg, which has so many connections.
+// coalesce returns a store that does what next does, for many requests at a time by
+// statements of its own on pg, which has so many connections.
 func coalesce(next userStore, pg *pgStore, conns int) userStore {
-	s := &batchedStore{userStore: next, pg: pg, singles: make(semaphore, max(1, conns/2)), reading: make(semaphore, max(1, conns/2))}
-	reads, besideReads := make(semaphore, 1), make(semaphore, max(1, conns/4))
-	writes, besideWrites := make(semaphore, 1), make(semaphore, max(1, conns/4))
-	s.creates = &batcher[newUser, user]{one: next.create, many: s.createMany, limit: maxBatch, writes: true, turn: writes, beside: besideWrites}
-	s.updates = &batcher[userPatch, user]{one: next.update, many: s.updateMany, limit: maxBatch, writes: true, turn: writes, beside: besideWrites}
-	s.gets = &batcher[string, user]{one: next.get, many: s.getMany, limit: maxBatch, turn: reads, beside: besideReads}
-	s.lists = &batcher[listQuery, *page]{one: next.list, many: s.listMany, limit: 4 * maxBatch, turn: reads, beside: besideReads}
+	half := max(1, conns/2)
+	s := &batchedStore{userStore: next, pg: pg, singles: make(semaphore, half), pages: make(semaphore, half)}
+	reads, fullReads := make(semaphore, 1), make(semaphore, max(1, conns/4))
+	writes, fullWrites := make(semaphore, 1), make(semaphore, max(1, conns/4))
+	s.creates = &batcher[newUser, user]{one: next.create, many: s.createMany, writes: true, turn: writes, full: fullWrites}
+	s.updates = &batcher[userPatch, user]{one: next.update, many: s.updateMany, writes: true, turn: writes, full: fullWrites}
+	s.gets = &batcher[string, user]{one: next.get, many: s.getMany, turn: reads, full: fullReads}
+	s.lists = &batcher[listQuery, *page]{one: next.list, many: s.listMany, turn: reads, full: fullReads}
 	return s
 }
 
 // errLeftOut is the error of a call that its batch has left out.
 var errLeftOut = errors.New("left out of the batch")
 
-func (s *batchedStore) create(ctx context.Context, u newUser) (created user, err error) {
-	if created, err = s.creates.do(ctx, u); err == errLeftOut {
-		err = s.alone(ctx, func() error {
-			created, err = s.userStore.create(ctx, u)
-			return err
-		})
+func (s *batchedStore) create(ctx context.Context, in newUser) (user, error) {
+	u, err := s.creates.do(ctx, in)
+	if err == errLeftOut {
+		return s.alone(ctx, func() (user, error) { return s.userStore.create(ctx, in) })
 	}
-	return created, err
+	return u, err
 }
 
 func (s *batchedStore) get(ctx context.Context, id string) (user, error) {
@@ -267,67 +259,82 @@ func (s *batchedStore) list(ctx context.Context, q listQuery) (*page, error) {
 	return s.lists.do(ctx, q)
 }
 
-func (s *batchedStore) update(ctx context.Context, p userPatch) (updated user, err error) {
-	if updated, err = s.updates.do(ctx, p); err == errLeftOut {
-		err = s.alone(ctx, func() error {
-			updated, err = s.userStore.update(ctx, p)
-			return err
-		})
+func (s *batchedStore) update(ctx context.Context, p userPatch) (user, error) {
+	u, err := s.updates.do(ctx, p)
+	if err == errLeftOut {
+		return s.alone(ctx, func() (user, error) { return s.userStore.update(ctx, p) })
 	}
-	return updated, err
+	return u, err
 }
 
 func (s *batchedStore) delete(ctx context.Context, id string, when preconditions) error {
-	return s.alone(ctx, func() error { return s.userStore.delete(ctx, id, when) })
+	_, err := s.alone(ctx, func() (user, error) { return user{}, s.userStore.delete(ctx, id, when) })
+	return err
 }
 
 // alone runs a write that may meet a lock, and again until it gets it: in a batch, it
 // would keep the others waiting. Such writes leave half of the connections to the
-// others, and none is held in the pause between two tries.
-func (s *batchedStore) alone(ctx context.Context, write func() error) (err error) {
+// others, and hold none in the pause between two tries.
+func (s *batchedStore) alone(ctx context.Context, write func() (user, error)) (u user, err error) {
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		select {
 		case s.singles <- struct{}{}:
-			err = write()
+			u, err = write()
 			<-s.singles
 		case <-ctx.Done():
-			return cmp.Or(err, ctx.Err())
+			return u, cmp.Or(err, ctx.Err())
 		}
 		if pq.As(err, pqerror.LockNotAvailable) == nil {
-			return err
+			return u, err
 		}
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return err
+			return u, err
 		}
 	}
 }
 
-// The statements for many users tell them apart by their ids. They skip rows that
-// are locked. A locked row is reached by its place, ctid, and by its id too, since
-// in a table that inherits from users another row may have the same place.
-//
-// insertUsers skips rows whose email is already in use. ON CONFLICT would do that
-// too, but inserts each row on trial first, which is one more record in the
-// write-ahead log for each: insertUsersOnce is for a batch in which two want the
-// same address.
+// The statements for many users. Rows of the writes begin with whether the user was
+// written, or else is why not: a user of that id, or a new one whose address is taken.
+// They skip rows that are locked. A locked row is reached by its place, ctid, and by its
+// id too, since in a table that inherits from users another row may have the same place.
 var (
-	insertUsers = "INSERT INTO users (id, " + inputColumns + ") SELECT new.* FROM unnest($1::uuid[], $2::text[], $3::text[]) AS new (id, " + inputColumns + ") " +
-		"WHERE NOT EXISTS (SELECT FROM ONLY users AS old WHERE lower(old.email) = lower(new.email)) RETURNING " + columns
-	insertUsersOnce = strings.Replace(insertUsers, " RETURNING ", " ON CONFLICT DO NOTHING RETURNING ", 1)
-	selectUsers     = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
-	findUsers       = "SELECT " + columns + ", wanted FROM unnest($1::text[]) AS wanted JOIN users ON lower(email) = lower(wanted)"
-	updateUsers     = "WITH free AS MATERIALIZED (SELECT users.ctid AS place, user_id, new_email, new_name " +
-		"FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[]) AS change (user_id, match, none_match, new_email, new_name) " +
-		"JOIN users ON id = user_id AND " + conditionsHold("match", "none_match") + " FOR NO KEY UPDATE OF users SKIP LOCKED) " +
-		"UPDATE users SET email = COALESCE(new_email, email), name = COALESCE(new_name, name), " +
-		"updated_at = " + newUpdate + " FROM free WHERE users.ctid = place AND id = user_id RETURNING " + columns
+	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
+
+	insertUsers = "WITH new AS (SELECT * FROM unnest($1::uuid[], " + eachField("${n}::text[]", 2) + ") AS new (id, " + inputColumns + ")), " +
+		"taken AS (SELECT new.*, now() AS created_at, now() AS updated_at FROM new " +
+		"JOIN ONLY users AS old ON lower(old.email) = lower(new.email)), " +
+		"written AS (INSERT INTO users (id, " + inputColumns + ") SELECT * FROM new WHERE id NOT IN (SELECT id FROM taken) RETURNING *) " +
+		"SELECT true, " + columns + " FROM written UNION ALL SELECT false, " + columns + " FROM taken"
+
+	// insertUsersOnce is for a batch in which two want the same address. It inserts each row
+	// on trial first, which is one more record in the write-ahead log.
+	insertUsersOnce = strings.Replace(insertUsers, " RETURNING", " ON CONFLICT DO NOTHING RETURNING", 1)
+
+	updateUsers = "WITH change AS (SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], " + eachField("${n}::text[]", 4) + ") " +
+		"AS change (key, match, none_match, " + eachField("new_{name}", 0) + ")), " +
+		"free AS MATERIALIZED (SELECT users.ctid AS place, change.* FROM change JOIN users ON id = key AND " +
+		conditionsHold("match", "none_match") + " FOR NO KEY UPDATE OF users SKIP LOCKED), " +
+		"written AS (UPDATE users SET " + eachField("{name} = COALESCE(new_{name}, {name})", 0) + ", updated_at = " + newUpdate + " " +
+		"FROM free WHERE users.ctid = place AND id = key RETURNING users.*) " +
+		"SELECT true, " + columns + " FROM written UNION ALL " +
+		"SELECT false, " + columns + " FROM change JOIN users ON id = key WHERE key NOT IN (SELECT id FROM written)"
 )
 
+// A batchResult is what a statement for many users says of one call.
+type batchResult struct {
+	done bool // the user is the answer; else it is the reason why there is none
+	user user
+}
+
 func (s *batchedStore) getMany(ctx context.Context, calls []*call[string, user]) {
-	found, err := s.pg.query(ctx, selectUsers, textArray(calls, func(id *string) *string { return id }))
-	distribute(calls, func(id string) string { return id }, byID(found), err, errNotFound)
+	users, err := s.pg.query(ctx, selectUsers, arrays(calls, func(id *string) []any { return []any{id} })...)
+	found := make(map[string]batchResult, len(users))
+	for _, u := range users {
+		found[u.ID] = batchResult{true, u}
+	}
+	distribute(calls, found, err, func(id string) string { return id }, func(string, batchResult) error { return errNotFound })
 }
 
 // listMany runs a statement for each page that is asked for, side by side.
@@ -339,9 +346,9 @@ func (s *batchedStore) listMany(ctx context.Context, calls []*call[listQuery, *p
 	var reads sync.WaitGroup
 	for q, same := range byQuery {
 		reads.Go(func() {
-			guard(same, func() {
-				s.reading <- struct{}{}
-				defer func() { <-s.reading }()
+			catchPanic(same, func() {
+				s.pages <- struct{}{}
+				defer func() { <-s.pages }()
 				p, err := s.userStore.list(ctx, q)
 				for _, c := range same {
 					c.answer, c.err = p, err
@@ -352,31 +359,14 @@ func (s *batchedStore) listMany(ctx context.Context, calls []*call[listQuery, *p
 	reads.Wait()
 }
 
-// findMany answers by address.
-func (s *batchedStore) findMany(ctx context.Context, calls []*call[string, user]) {
-	found := make(map[string]user, len(calls)) // by the address asked for: only PostgreSQL knows how it folds letters
-	err := s.pg.each(ctx, findUsers, []any{textArray(calls, func(email *string) *string { return email })}, func(rows *sql.Rows) error {
-		var u user
-		var wanted string
-		err := rows.Scan(append(u.fields(), &wanted)...)
-		found[wanted] = u
-		return err
-	})
-	distribute(calls, func(email string) string { return email }, found, err, errNotFound)
-}
-
 func (s *batchedStore) createMany(ctx context.Context, calls []*call[newUser, user]) {
-	args := []any{textArray(calls, func(u *newUser) *string { return &u.id })}
-	for i := range len(userInput{}.values()) {
-		args = append(args, textArray(calls, func(u *newUser) *string { return u.values()[i] }))
+	args := arrays(calls, func(u *newUser) []any { return u.args(&u.id) })
+	found, err := s.write(ctx, insertUsers, args)
+	if isRefused(err) { // because of one of these, or of another statement meanwhile
+		found, err = s.write(ctx, insertUsersOnce, args)
 	}
-	created, err := s.pg.query(ctx, insertUsers, args...)
-	if isRefused(err) { // because of another batch meanwhile, or of one of these
-		created, err = s.pg.query(ctx, insertUsersOnce, args...)
-	}
-	distribute(calls, func(u newUser) string { return u.id }, byID(created), err, errLeftOut)
-	recheck(ctx, calls, s.findMany, func(u newUser) string { return *u.email }, func(u newUser, _ user, err error) error {
-		if err != nil || isKeyed(u.id) { // one that repeats an earlier request may be the owner
+	distribute(calls, found, err, func(u newUser) string { return u.id }, func(u newUser, taken batchResult) error {
+		if taken.user.ID == "" || isKeyed(u.id) { // two of the batch want the address; or it repeats an earlier request
 			return errLeftOut
 		}
 		return errEmailTaken
@@ -384,113 +374,99 @@ func (s *batchedStore) createMany(ctx context.Context, calls []*call[newUser, us
 }
 
 func (s *batchedStore) updateMany(ctx context.Context, calls []*call[userPatch, user]) {
-	first := withoutRepeats(calls)
-	args := []any{
-		textArray(first, func(p *userPatch) *string { return &p.id }),
-		textArray(first, func(p *userPatch) *string { return p.when.match }),
-		textArray(first, func(p *userPatch) *string { return p.when.noneMatch }),
-	}
-	for i := range len(userInput{}.values()) {
-		args = append(args, textArray(first, func(p *userPatch) *string { return p.values()[i] }))
-	}
-	updated, err := s.pg.query(ctx, updateUsers, args...)
-	distribute(first, userPatch.key, byID(updated), err, errLeftOut)
-	recheck(ctx, calls, s.getMany, userPatch.key, userPatch.refusal)
-}
-
-func (p userPatch) key() string { return p.id }
-
-// refusal returns why a user, or the error of looking for it, left p out of a batch.
-func (p userPatch) refusal(u user, err error) error {
-	switch {
-	case errors.Is(err, errNotFound):
-		return errNotFound
-	case err == nil && !(p.when.matched(&u) && p.when.noneMatched(&u)):
-		return errPrecondition
-	}
-	return errLeftOut // its row is locked, or was changed meanwhile
-}
-
-// recheck looks once more for the users of the calls that a batch has left out, by
-// one statement for all of them, and has refusal say why.
-func recheck[Q any](ctx context.Context, calls []*call[Q, user], look func(context.Context, []*call[string, user]),
-	key func(Q) string, refusal func(Q, user, error) error) {
-	var left []*call[Q, user]
-	var looks []*call[string, user]
-	for _, c := range calls {
-		if c.err == errLeftOut {
-			left, looks = append(left, c), append(looks, &call[string, user]{ask: key(c.ask)})
+	id := func(p userPatch) string { return p.id }
+	refuse := func(p userPatch, is batchResult) error {
+		if is.user.ID == "" {
+			return errNotFound
 		}
+		return cmp.Or(p.when.check(&is.user), errLeftOut) // its row is locked, or was changed meanwhile
 	}
-	if len(left) == 0 {
-		return
+	first, repeats := splitRepeats(calls)
+	args := arrays(first, func(p *userPatch) []any { return p.args(&p.id, p.when.match, p.when.noneMatch) })
+	found, err := s.write(ctx, updateUsers, args)
+	distribute(first, found, err, id, refuse)
+	for id, result := range found {
+		found[id] = batchResult{user: result.user} // which is not the answer to a repeat
 	}
-	look(ctx, looks)
-	for i, c := range left {
-		c.err = refusal(c.ask, looks[i].answer, looks[i].err)
-	}
+	distribute(repeats, found, err, id, refuse)
 }
 
-// withoutRepeats returns the first call for each user: of two writes to one user,
-// the second could not see the first in the same statement.
-func withoutRepeats(calls []*call[userPatch, user]) []*call[userPatch, user] {
+// splitRepeats returns the first call for each user, and the others: of two writes to one
+// user, the second could not see the first in the same statement.
+func splitRepeats(calls []*call[userPatch, user]) (first, repeats []*call[userPatch, user]) {
 	seen := make(map[string]bool, len(calls))
-	return slices.DeleteFunc(slices.Clone(calls), func(c *call[userPatch, user]) bool {
+	for _, c := range calls {
 		if seen[c.ask.id] {
-			c.err = errLeftOut
-			return true
+			repeats = append(repeats, c)
+		} else {
+			first, seen[c.ask.id] = append(first, c), true
 		}
-		seen[c.ask.id] = true
-		return false
-	})
-}
-
-func byID(users []user) map[string]user {
-	m := make(map[string]user, len(users))
-	for _, u := range users {
-		m[u.ID] = u
 	}
-	return m
+	return first, repeats
 }
 
-// distribute gives each call its user, or missing. A failed statement is the
-// database's failure for all of them, or because of one of them, which may wait for a
-// lock: then all are left out, to find out which.
-func distribute[Q any](calls []*call[Q, user], key func(Q) string, users map[string]user, err, missing error) {
+// write runs a statement that writes many users. It returns its results by id.
+func (s *batchedStore) write(ctx context.Context, text string, args []any) (map[string]batchResult, error) {
+	found := make(map[string]batchResult)
+	var result batchResult
+	fields := append([]any{&result.done}, result.user.fields()...)
+	err := s.pg.each(ctx, text, args, func(rows *sql.Rows) error {
+		err := rows.Scan(fields...)
+		found[result.user.ID] = result
+		return err
+	})
+	return found, err
+}
+
+// distribute gives each call its batchResult, or the error that refuse makes of it; of none,
+// refuse gets the zero result. A failed statement is the database's failure for all
+// calls, or because of one of them, which may wait for a lock: then all are left out, to
+// find out which.
+func distribute[Q any](calls []*call[Q, user], found map[string]batchResult, err error,
+	key func(Q) string, refuse func(Q, batchResult) error) {
 	if kind := asAPIError(err).kind; err != nil && kind != kindUnavailable && kind != kindTimeout && !errors.Is(err, errAmbiguous) ||
 		pq.As(err, pqerror.LockNotAvailable) != nil {
 		err = errLeftOut
 	}
 	for _, c := range calls {
-		u, ok := users[key(c.ask)]
-		switch c.answer = u; {
+		result := found[key(c.ask)]
+		switch c.answer = result.user; {
 		case err != nil:
 			c.err = err
-		case !ok:
-			c.err = missing
+		case !result.done:
+			c.err = refuse(c.ask, result)
 		}
 	}
 }
 
-// textArray returns a PostgreSQL array in its text form (its manual, section
-// 8.15.6) of a field of each call; nil is NULL.
-func textArray[Q any](calls []*call[Q, user], field func(*Q) *string) string {
-	b := make([]byte, 0, 48*len(calls))
+// arrays returns PostgreSQL arrays in their text form (its manual, section 8.15.6), one
+// for each of the values that row returns: all are of type *string, and nil is NULL.
+func arrays[Q any](calls []*call[Q, user], row func(*Q) []any) []any {
+	columns := make([][]byte, len(row(&calls[0].ask)))
 	for _, c := range calls {
-		s := field(&c.ask)
-		if s == nil {
-			b = append(b, ",NULL"...)
-			continue
+		for i, value := range row(&c.ask) {
+			columns[i] = appendElement(columns[i], value.(*string))
 		}
-		b = append(b, ',', '"')
-		for i := 0; i < len(*s); i++ {
-			if (*s)[i] == '"' || (*s)[i] == '\\' {
-				b = append(b, '\\')
-			}
-			b = append(b, (*s)[i])
-		}
-		b = append(b, '"')
 	}
-	b[0] = '{' // instead of the first comma
-	return string(append(b, '}'))
+	args := make([]any, len(columns))
+	for i, b := range columns {
+		b[0] = '{' // instead of the first comma
+		args[i] = string(append(b, '}'))
+	}
+	return args
+}
+
+// appendElement appends a comma and an element of an array.
+func appendElement(b []byte, s *string) []byte {
+	if s == nil {
+		return append(b, ",NULL"...)
+	}
+	b = append(b, ',', '"')
+	for i := 0; i < len(*s); i++ {
+		if (*s)[i] == '"' || (*s)[i] == '\\' {
+			b = append(b, '\\')
+		}
+		b = append(b, (*s)[i])
+	}
+	return append(b, '"')
 }

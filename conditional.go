@@ -34,10 +34,11 @@ func (u *user) isIn(list string) bool {
 	return list == "*" || slices.Contains(strings.Split(list, ","), u.version())
 }
 
-// skipReason returns the error of a write that has left out the user.
-func (p preconditions) skipReason(u *user) error {
+// check returns [errPrecondition] if the preconditions of a write exclude the version of
+// the user.
+func (p preconditions) check(u *user) error {
 	if p.matched(u) && p.noneMatched(u) {
-		return errSkipped
+		return nil
 	}
 	return errPrecondition
 }

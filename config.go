@@ -52,8 +52,8 @@ type config struct {
 
 // A variable of the environment.
 type variable struct {
-	name, byDefault, help string
-	parse                 func(value string) error // value is never empty, and the error continues the sentence that it begins
+	name, defaultValue, help string
+	parse                    func(value string) error // value is never empty, and the error continues the sentence that it begins
 }
 
 // secrets are the variables whose values are never shown.
@@ -97,9 +97,9 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 	}
 	for _, v := range c.variables() {
 		if dev && v.name == "HOST" {
-			v.byDefault = "127.0.0.1" // an open or half-configured service is nobody else's business
+			v.defaultValue = "127.0.0.1" // an open or half-configured service is nobody else's business
 		}
-		value := cmp.Or(getenv(v.name), v.byDefault) // an empty variable counts as unset
+		value := cmp.Or(getenv(v.name), v.defaultValue) // an empty variable counts as unset
 		if value == "" {
 			continue
 		}
@@ -149,7 +149,7 @@ func (c config) LogValue() slog.Value { return slog.GroupValue(c.shown...) }
 func variablesHelp() string {
 	var b strings.Builder
 	for _, v := range new(config).variables() {
-		fmt.Fprintf(&b, "  %-20s %-8s %s\n", v.name, cmp.Or(v.byDefault, "-"), v.help)
+		fmt.Fprintf(&b, "  %-20s %-8s %s\n", v.name, cmp.Or(v.defaultValue, "-"), v.help)
 	}
 	return b.String()
 }

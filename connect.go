@@ -50,8 +50,8 @@ type connector struct {
 	settings    []string      // statements that each session of our own begins with
 	readTimeout time.Duration // after which a silent PostgreSQL is given up; 0: never
 	log         *slog.Logger
-	// pooled is set once there is a pooler: no statement is prepared any more.
-	pooled atomic.Bool
+	pooled      atomic.Bool  // there is a pooler: no statement is prepared any more
+	generation  atomic.Int64 // of the connections; those of an earlier one are not used again
 }
 
 // newConnector returns the connector of the service's pool.
@@ -69,9 +69,9 @@ func newConnector(cfg config, log *slog.Logger) *connector {
 	return c
 }
 
-// openAside returns a pool of one connection, which is not kept. With a timeout,
+// openUnpooled returns a pool of one connection, which is not kept. With a timeout,
 // connecting and each statement end after it.
-func openAside(cfg config, timeout time.Duration) *sql.DB {
+func openUnpooled(cfg config, timeout time.Duration) *sql.DB {
 	c := &connector{database: cfg.database, readTimeout: timeout}
 	c.pooled.Store(true)
 	if timeout > 0 {
@@ -98,7 +98,7 @@ func connLifetime(cfg config) time.Duration {
 	return time.Hour
 }
 
-// A connectError says why there is no connection: nothing has been sent.
+// A connectError says why there is no connection that the statement could be sent on.
 type connectError struct{ error }
 
 func (e connectError) Unwrap() error { return e.error }
@@ -106,28 +106,20 @@ func (e connectError) Unwrap() error { return e.error }
 // Driver completes [driver.Connector].
 func (c *connector) Driver() driver.Driver { return new(pq.Driver) }
 
-// Connect completes [driver.Connector].
+// Connect completes [driver.Connector]. It connects to one of the configured hosts. All
+// its errors are connectErrors. What a session needs is set by statements, since not
+// every pooler lets it be parameters of the connection.
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
-	cn, err := c.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return cn, nil
-}
-
-// connect connects to one of the configured hosts. All its errors are
-// connectErrors. What a session needs is set by statements, since not every pooler
-// lets it be parameters of the connection.
-func (c *connector) connect(ctx context.Context) (*pgConn, error) {
+	generation := c.generation.Load()
 	dial := &dialer{readTimeout: c.readTimeout, connecting: true}
 	made, err := c.open(ctx, dial, c.database)
 	if c.database.SSLMode == pq.SSLModePrefer && pq.As(err, pqerror.InvalidAuthorizationSpecification) != nil {
 		// pg_hba.conf may admit us without TLS alone (hostnossl). As libpq does, try
 		// that too; the other way round, for sslmode=allow, lib/pq does by itself.
-		plain, refused := c.database, err
+		plain, overTLS := c.database, err
 		plain.SSLMode = pq.SSLModeDisable
 		if made, err = c.open(ctx, dial, plain); err != nil {
-			err = errors.Join(refused, err)
+			err = errors.Join(overTLS, err)
 		}
 	}
 	dial.connecting = false
@@ -135,7 +127,7 @@ func (c *connector) connect(ctx context.Context) (*pgConn, error) {
 		dial.closeLast()
 		return nil, connectError{err}
 	}
-	cn := &pgConn{pqConn: made.(pqConn), socket: rawConn(dial.last), connector: c, pooled: c.pooled.Load()}
+	cn := &pgConn{made.(pqConn), rawConn(dial.last), c, generation, backend{}, make(map[string]driver.Stmt)}
 	if err := cn.begin(ctx); err != nil {
 		cn.Close()
 		return nil, connectError{err}
@@ -152,10 +144,13 @@ func (c *connector) open(ctx context.Context, dial *dialer, database pq.Config) 
 	return one.Connect(ctx)
 }
 
-// findPooler notes that there is a pooler.
+// findPooler notes that there is a pooler. Connections that may have prepared
+// statements are not used again.
 func (c *connector) findPooler() {
 	if c.pooled.CompareAndSwap(false, true) {
-		c.log.Warn("PostgreSQL is behind a connection pooler: no statement is prepared any more; add binary_parameters=yes to DATABASE_URL, or connect directly")
+		c.generation.Add(1)
+		c.log.Warn("PostgreSQL is behind a connection pooler: no statement is prepared any more; " +
+			"add binary_parameters=yes to DATABASE_URL, or connect directly")
 	}
 }
 
@@ -182,16 +177,16 @@ type backend struct {
 // A pgConn is a connection of lib/pq. It prepares each statement when it is first used.
 type pgConn struct {
 	pqConn
-	socket    syscall.RawConn // below TLS; nil without a file descriptor
-	connector *connector
-	pooled    bool // what connector.pooled was when it was made
-	backend   backend
-	prepared  map[string]driver.Stmt // by text
+	socket     syscall.RawConn // below TLS; nil without a file descriptor
+	connector  *connector
+	generation int64
+	backend    backend
+	prepared   map[string]driver.Stmt // by text
 }
 
 // begin asks for the backend of a connection, and makes the settings of its session.
 func (c *pgConn) begin(ctx context.Context) error {
-	if c.pooled {
+	if c.connector.pooled.Load() {
 		return nil
 	}
 	rows, err := c.pqConn.QueryContext(ctx, "SELECT pid, backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid()", nil)
@@ -204,13 +199,14 @@ func (c *pgConn) begin(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.backend.pid, _ = values[0].(int64)
-	c.backend.started, _ = values[1].(string)
-	if told := reflect.Indirect(reflect.ValueOf(c.pqConn)).FieldByName("pid"); !told.IsValid() || !told.CanInt() || told.Int() != c.backend.pid {
-		c.connector.findPooler()
-		c.pooled, c.backend = true, backend{} // the next statement may be another one's
+	pid, _ := values[0].(int64)
+	told := reflect.Indirect(reflect.ValueOf(c.pqConn)).FieldByName("pid")
+	if !told.IsValid() || !told.CanInt() || told.Int() != pid {
+		c.connector.findPooler() // the next statement may go to another backend
 		return nil
 	}
+	c.backend.pid = pid
+	c.backend.started, _ = values[1].(string)
 	_, err = c.ExecContext(ctx, strings.Join(c.connector.settings, "; "), nil)
 	return err
 }
@@ -219,32 +215,53 @@ func (c *pgConn) begin(ctx context.Context) error {
 // it uses a connection again, and on [driver.ErrBadConn] takes another one. A
 // connection that has something to read has ended.
 func (c *pgConn) ResetSession(ctx context.Context) error {
-	if _, err := peek(c.socket); err != syscall.EAGAIN {
-		return driver.ErrBadConn
-	}
-	if c.pooled != c.connector.pooled.Load() { // it may have prepared statements
+	if _, err := peek(c.socket); err != syscall.EAGAIN || c.generation != c.connector.generation.Load() {
 		return driver.ErrBadConn
 	}
 	return c.pqConn.ResetSession(ctx)
 }
 
-// QueryContext completes [driver.QueryerContext].
+// QueryContext completes [driver.QueryerContext]. Where it was not answered, the error of
+// a write is an [unansweredError].
 func (c *pgConn) QueryContext(ctx context.Context, text string, args []driver.NamedValue) (driver.Rows, error) {
-	stmt, err := c.prepare(ctx, text)
-	if err == nil && stmt != nil {
-		var rows driver.Rows
-		if rows, err = stmt.(driver.StmtQueryContext).QueryContext(ctx, args); err == nil {
-			return rows, nil
+	rows, err := c.queryPrepared(ctx, text, args)
+	if err == errNotPrepared {
+		rows, err = c.pqConn.QueryContext(ctx, text, args)
+	}
+	if !isWrite(text) {
+		return rows, err
+	}
+	return writtenRows{rows, c.backend}, unanswered(err, c.backend)
+}
+
+// errNotPrepared is the error of a statement that has to be sent without being prepared.
+var errNotPrepared = errors.New("not prepared")
+
+// queryPrepared executes a statement that is prepared. The error is [errNotPrepared]
+// behind a pooler, and where PostgreSQL has to plan the statement anew.
+func (c *pgConn) queryPrepared(ctx context.Context, text string, args []driver.NamedValue) (rows driver.Rows, err error) {
+	if c.connector.pooled.Load() {
+		return nil, errNotPrepared
+	}
+	stmt := c.prepared[text]
+	if stmt == nil {
+		if stmt, err = c.PrepareContext(ctx, text); err != nil {
+			err = connectError{err}
+		} else {
+			c.prepared[text] = stmt
 		}
 	}
-	switch refused := pq.As(err); {
-	case err == nil: // behind a pooler
-	case pq.As(err, pqerror.InvalidSQLStatementName, pqerror.DuplicatePstatement) != nil:
+	if err == nil {
+		rows, err = stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
+	}
+	switch pgErr := pq.As(err); {
+	case pgErr == nil:
+	case pgErr.Code == pqerror.InvalidSQLStatementName || pgErr.Code == pqerror.DuplicatePstatement:
 		c.connector.findPooler()
-	case pq.As(err, pqerror.ProtocolViolation) != nil: // or a pooler has lost the response
+		return nil, errNotPrepared
+	case pgErr.Code == pqerror.ProtocolViolation: // or a pooler has lost the response
 		c.connector.findPooler()
-		return nil, err
-	case refused != nil && (refused.Code == pqerror.FeatureNotSupported || refused.Code.Class() == "42"):
+	case pgErr.Code == pqerror.FeatureNotSupported || pgErr.Code.Class() == "42":
 		// The table may have changed since ("cached plan must not change result type"),
 		// or what PostgreSQL takes the parameters for. The next use prepares it anew; this
 		// one does not, since the table might change again in between.
@@ -252,41 +269,45 @@ func (c *pgConn) QueryContext(ctx context.Context, text string, args []driver.Na
 		if stmt != nil {
 			stmt.Close()
 		}
-	case stmt == nil: // it was not sent
-		return nil, err
-	default:
-		return nil, sent(text, err)
+		return nil, errNotPrepared
 	}
-	rows, err := c.pqConn.QueryContext(ctx, text, args)
-	return rows, sent(text, err)
+	return rows, err
 }
 
-// sent returns the error of a statement that was sent. That of a write is not
-// [driver.ErrBadConn], with which database/sql would execute it a second time.
-func sent(text string, err error) error {
-	if isWrite(text) && errors.Is(err, driver.ErrBadConn) {
-		return io.ErrUnexpectedEOF
-	}
-	return err
+// An unansweredError is the error of a write that PostgreSQL has not answered: it may have
+// been executed. It matches [errAmbiguous], and not [driver.ErrBadConn], with which
+// database/sql would execute the write a second time.
+type unansweredError struct {
+	cause   error
+	backend backend // that may execute the write still
 }
 
-// prepare returns a prepared statement, or nil behind a pooler.
-func (c *pgConn) prepare(ctx context.Context, text string) (driver.Stmt, error) {
-	if c.connector.pooled.Load() {
-		return nil, nil
+func (e unansweredError) Error() string        { return "no response to a write: " + e.cause.Error() }
+func (e unansweredError) Is(target error) bool { return target == errAmbiguous }
+
+// unanswered returns err, of a write, or an unansweredError where it leaves open what
+// became of the write. An error of PostgreSQL says that the write was undone, except from
+// a pooler that has lost its server (class 08).
+func unanswered(err error, b backend) error {
+	_, unsent := errors.AsType[connectError](err)
+	if pgErr := pq.As(err); err == nil || unsent || pgErr != nil && pgErr.Code.Class() != "08" {
+		return err
 	}
-	if stmt := c.prepared[text]; stmt != nil {
-		return stmt, nil
+	return unansweredError{err, b}
+}
+
+// writtenRows are the rows that a write returns.
+type writtenRows struct {
+	driver.Rows
+	backend backend
+}
+
+func (r writtenRows) Next(values []driver.Value) error {
+	err := r.Rows.Next(values)
+	if err == io.EOF { // PostgreSQL is ready for the next statement: this one is committed
+		return err
 	}
-	stmt, err := c.PrepareContext(ctx, text)
-	if err != nil {
-		return nil, err
-	}
-	if c.prepared == nil {
-		c.prepared = make(map[string]driver.Stmt)
-	}
-	c.prepared[text] = stmt
-	return stmt, nil
+	return unanswered(err, r.backend)
 }
 
 // A dialer connects to PostgreSQL. Its connections give up on a server that is
@@ -340,23 +361,20 @@ func (d *dialer) DialContext(ctx context.Context, network, address string) (net.
 type timeoutConn struct {
 	net.Conn
 	readTimeout time.Duration
-	explicit    bool      // lib/pq has set a deadline of its own: it is connecting
-	counted     time.Time // from when the time counts
+	explicit    bool // lib/pq has set a deadline of its own: it is connecting
 }
 
 // NetConn returns the connection below, as [tls.Conn.NetConn] does.
 func (c *timeoutConn) NetConn() net.Conn { return c.Conn }
 
 func (c *timeoutConn) SetDeadline(t time.Time) error {
-	c.explicit, c.counted = !t.IsZero(), time.Time{}
+	c.explicit = !t.IsZero()
 	return c.Conn.SetDeadline(t)
 }
 
 func (c *timeoutConn) Read(p []byte) (int, error) {
-	// To set it anew ten times a second is exact enough, and costs a busy connection nothing.
-	if now := time.Now(); !c.explicit && now.Sub(c.counted) > time.Second/10 {
-		c.counted = now
-		c.Conn.SetReadDeadline(now.Add(c.readTimeout + time.Second/10))
+	if !c.explicit {
+		c.Conn.SetReadDeadline(time.Now().Add(c.readTimeout))
 	}
 	return c.Conn.Read(p)
 }

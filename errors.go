@@ -143,10 +143,3 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	writeBody(w, status, contentType, body)
 }
-
-// writeBody writes a whole response. The body must not be changed after.
-func writeBody(w http.ResponseWriter, status int, contentType []string, body []byte) {
-	rec := w.(*responseRecorder)
-	rec.Header()["Content-Type"] = contentType
-	rec.status, rec.body = status, body
-}

@@ -5,12 +5,9 @@ package main
 import (
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"sync/atomic"
 	"time"
 
 	"github.com/lib/pq"
@@ -39,103 +36,19 @@ import (
 // need to commit, short beside what a connection is worth.
 const lockTimeout = 50 * time.Millisecond
 
-// exactlyOnce has the writes of a store executed once, whatever happens.
-type exactlyOnce struct {
+// An onceStore is a [userStore] that has another one execute each write once.
+type onceStore struct {
 	userStore
-	db *sql.DB
-	// generation is how often the connections had to be given up: those made before
-	// the last time are not used again.
-	generation atomic.Int64
+	pg *pgStore
 }
 
-// A trackedConnector makes connections that know their backend.
-type trackedConnector struct {
-	*connector
-	once *exactlyOnce
+// exactlyOnce goes around a store whose statements run on pg, before it has connected.
+func exactlyOnce(next userStore, pg *pgStore) userStore {
+	pg.connector.settings = append(pg.connector.settings, fmt.Sprintf("SET lock_timeout = %d", lockTimeout.Milliseconds()))
+	return &onceStore{next, pg}
 }
 
-// connector goes around the connector of the pool.
-func (o *exactlyOnce) connector(c *connector) driver.Connector {
-	c.settings = append(c.settings, fmt.Sprintf("SET lock_timeout = %d", lockTimeout.Milliseconds()))
-	return trackedConnector{c, o}
-}
-
-func (t trackedConnector) Connect(ctx context.Context) (driver.Conn, error) {
-	generation := t.once.generation.Load()
-	c, err := t.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &trackedConn{c, t.once, generation}, nil
-}
-
-// A trackedConn says of a write that was not answered who may execute it.
-type trackedConn struct {
-	*pgConn
-	once       *exactlyOnce
-	generation int64
-}
-
-// ResetSession completes [driver.SessionResetter]: database/sql calls it before
-// it uses the connection again, and on [driver.ErrBadConn] takes another one.
-func (c *trackedConn) ResetSession(ctx context.Context) error {
-	if c.generation != c.once.generation.Load() {
-		return driver.ErrBadConn
-	}
-	return c.pgConn.ResetSession(ctx)
-}
-
-func (c *trackedConn) QueryContext(ctx context.Context, text string, args []driver.NamedValue) (driver.Rows, error) {
-	rows, err := c.pgConn.QueryContext(ctx, text, args)
-	if !isWrite(text) {
-		return rows, err
-	}
-	return trackedRows{rows, c.backend}, lost(err, c.backend)
-}
-
-type trackedRows struct {
-	driver.Rows
-	backend backend
-}
-
-func (r trackedRows) Next(values []driver.Value) error {
-	err := r.Rows.Next(values)
-	if err == io.EOF { // PostgreSQL is ready for the next statement: this one is committed
-		return err
-	}
-	return lost(err, r.backend)
-}
-
-// A lostError is the error of a write that was not answered. It does not match
-// [driver.ErrBadConn], with which database/sql would repeat the write.
-type lostError struct {
-	cause   error
-	backend backend // that may execute the write still
-}
-
-func (e lostError) Error() string        { return "no response to a write: " + e.cause.Error() }
-func (e lostError) Is(target error) bool { return target == errAmbiguous }
-
-// lost returns err, or a lostError where it leaves open what became of the write.
-// An error of PostgreSQL says that the write was undone, except from a pooler that
-// has lost its server (class 08).
-func lost(err error, b backend) error {
-	if err == nil {
-		return nil
-	}
-	if refused := pq.As(err); refused != nil && refused.Code.Class() != "08" {
-		return err
-	}
-	return lostError{err, b}
-}
-
-// store goes around a store whose statements run on db.
-func (o *exactlyOnce) store(next userStore, db *sql.DB) userStore {
-	o.userStore, o.db = next, db
-	return o
-}
-
-func (o *exactlyOnce) create(ctx context.Context, in newUser) (user, error) {
+func (o *onceStore) create(ctx context.Context, in newUser) (user, error) {
 	u, repeated, err := retry(ctx, o, func() (user, error) { return o.userStore.create(ctx, in) })
 	if repeated && isRefused(err) { // perhaps because of the first try
 		if mine, err := o.get(ctx, in.id); !errors.Is(err, errNotFound) {
@@ -145,17 +58,17 @@ func (o *exactlyOnce) create(ctx context.Context, in newUser) (user, error) {
 	return u, err
 }
 
-func (o *exactlyOnce) get(ctx context.Context, id string) (user, error) {
+func (o *onceStore) get(ctx context.Context, id string) (user, error) {
 	u, _, err := retry(ctx, o, func() (user, error) { return o.userStore.get(ctx, id) })
 	return u, err
 }
 
-func (o *exactlyOnce) find(ctx context.Context, email string) (user, error) {
+func (o *onceStore) find(ctx context.Context, email string) (user, error) {
 	u, _, err := retry(ctx, o, func() (user, error) { return o.userStore.find(ctx, email) })
 	return u, err
 }
 
-func (o *exactlyOnce) list(ctx context.Context, q listQuery) (*page, error) {
+func (o *onceStore) list(ctx context.Context, q listQuery) (*page, error) {
 	p, _, err := retry(ctx, o, func() (*page, error) { return o.userStore.list(ctx, q) })
 	return p, err
 }
@@ -164,14 +77,15 @@ func (o *exactlyOnce) list(ctx context.Context, q listQuery) (*page, error) {
 // make it once. But the second time a precondition does not hold any more, which
 // is no conflict if all is as asked for (RFC 9110, section 13.1.1: "appears to have
 // already been applied").
-func (o *exactlyOnce) update(ctx context.Context, p userPatch) (user, error) {
+func (o *onceStore) update(ctx context.Context, p userPatch) (user, error) {
 	u, repeated, err := retry(ctx, o, func() (user, error) { return o.userStore.update(ctx, p) })
 	if !repeated || !errors.Is(err, errPrecondition) || p.userInput == (userInput{}) {
 		return u, err
 	}
 	u, err = o.get(ctx, p.id)
-	for i, value := range (userInput{&u.Email, &u.Name}).values() {
-		if wanted := p.values()[i]; err == nil && wanted != nil && *wanted != *value {
+	stored := userInput{&u.Email, &u.Name}
+	for i, field := range stored.fields() {
+		if wanted := *p.fields()[i].value; err == nil && wanted != nil && *wanted != **field.value {
 			err = errPrecondition
 		}
 	}
@@ -179,7 +93,7 @@ func (o *exactlyOnce) update(ctx context.Context, p userPatch) (user, error) {
 }
 
 // delete repeats a delete: to find nobody the second time is success.
-func (o *exactlyOnce) delete(ctx context.Context, id string, when preconditions) error {
+func (o *onceStore) delete(ctx context.Context, id string, when preconditions) error {
 	_, repeated, err := retry(ctx, o, func() (user, error) { return user{}, o.userStore.delete(ctx, id, when) })
 	if repeated && errors.Is(err, errNotFound) {
 		return nil
@@ -190,15 +104,15 @@ func (o *exactlyOnce) delete(ctx context.Context, id string, when preconditions)
 // retry calls try, and again as long as its error is one that another try may not
 // meet and ctx has time for it. repeated reports whether an earlier try may have
 // executed its write.
-func retry[T any](ctx context.Context, o *exactlyOnce, try func() (T, error)) (answer T, repeated bool, err error) {
+func retry[T any](ctx context.Context, o *onceStore, try func() (T, error)) (answer T, repeated bool, err error) {
 	var before error
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
-		generation := o.generation.Load()
+		generation := o.pg.connector.generation.Load()
 		if answer, err = try(); err != nil && before != nil && ctx.Err() == context.DeadlineExceeded {
 			err = before // which says why there was no time
 		}
 		before = err
-		lost, wasLost := errors.AsType[lostError](err)
+		lost, wasLost := errors.AsType[unansweredError](err)
 		if repeated = repeated || wasLost; repeated {
 			err = markAmbiguous(err)
 		}
@@ -206,9 +120,9 @@ func retry[T any](ctx context.Context, o *exactlyOnce, try func() (T, error)) (a
 			return answer, repeated, err
 		}
 		if pq.As(err, pqerror.ReadOnlySQLTransaction) != nil {
-			o.generation.CompareAndSwap(generation, generation+1) // another server is the primary by now
+			o.pg.connector.renew(generation) // another server is the primary by now
 		}
-		for unsettled := true; unsettled; unsettled = wasLost && !o.settle(ctx, lost.backend) {
+		for settled := false; !settled; settled = !wasLost || o.settle(ctx, lost.backend) {
 			if !wait(ctx, pause/2+rand.N(pause)) { // unlike others that wait for the same
 				if ctx.Err() == context.Canceled {
 					err = asAPIError(ctx.Err())
@@ -238,11 +152,11 @@ func wait(ctx context.Context, d time.Duration) bool {
 
 // settle terminates a backend whose connection broke, and reports whether it has
 // ended and all that it committed is there to stay.
-func (o *exactlyOnce) settle(ctx context.Context, b backend) bool {
-	generation := o.generation.Load()
+func (o *onceStore) settle(ctx context.Context, b backend) bool {
+	generation := o.pg.connector.generation.Load()
 	ended, err := true, error(nil)
 	if b.pid != 0 {
-		err = o.db.QueryRowContext(ctx, "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2",
+		err = o.pg.db.QueryRowContext(ctx, "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2",
 			b.pid, b.started).Scan(&ended)
 		if errors.Is(err, sql.ErrNoRows) { // it has ended, or this is another server
 			ended, err = true, nil
@@ -251,19 +165,22 @@ func (o *exactlyOnce) settle(ctx context.Context, b backend) bool {
 	if err == nil && ended {
 		// What it has done may be on this server alone: PostgreSQL shows a commit whose
 		// wait for the standby was cut short. A commit of our own waits for all before it.
-		_, err = o.db.ExecContext(ctx, "SELECT pg_logical_emit_message(true, 'rollcall', '')")
+		_, err = o.pg.db.ExecContext(ctx, "SELECT pg_logical_emit_message(true, 'rollcall', '')")
 	}
 	if pq.As(err) != nil { // such as of a standby, which can't answer
-		o.generation.CompareAndSwap(generation, generation+1)
+		o.pg.connector.renew(generation)
 	}
 	return err == nil && ended
 }
+
+// renew has the connections of a generation not be used again.
+func (c *connector) renew(generation int64) { c.generation.CompareAndSwap(generation, generation+1) }
 
 // isRetryable reports whether another try may not meet err: PostgreSQL starts,
 // stops, crashed, fails over or can't be reached, a row is locked, or the statement
 // was undone for the sake of another one.
 func isRetryable(err error) bool {
-	if refused := pq.As(err); refused != nil && refused.Code == pqerror.LockNotAvailable {
+	if pq.As(err, pqerror.LockNotAvailable) != nil {
 		return true
 	}
 	return err != nil && asAPIError(err).kind == kindUnavailable && isTransient(err)

@@ -67,7 +67,7 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 func checkHealth(ctx context.Context, getenv func(string) string) error {
 	var cfg config
 	for _, v := range cfg.variables() {
-		value := cmp.Or(getenv(v.name), v.byDefault)
+		value := cmp.Or(getenv(v.name), v.defaultValue)
 		if value == "" || !slices.Contains([]string{"HOST", "PORT", "TLS_CERT_FILE"}, v.name) {
 			continue
 		}

@@ -77,11 +77,17 @@ type caller struct {
 }
 
 // keyedUUID returns the id of the user that the owner of the key creates with it.
-func keyedUUID(owner caller, key, email, name string) string {
+func keyedUUID(owner caller, key string, body userInput) string {
 	keySum := sumOf("rollcall: the caller and its Idempotency-Key", owner.issuer, owner.subject, key)
 	// With the key in it as well, the second half tells nobody who reads an id
 	// somewhere whether a guessed address is right.
-	bodySum := sumOf("rollcall: the body of its create", string(keySum[:]), email, name)
+	parts := []string{"rollcall: the body of its create", string(keySum[:])}
+	for _, field := range body.fields() {
+		if *field.value != nil {
+			parts = append(parts, **field.value)
+		}
+	}
+	bodySum := sumOf(parts...)
 	var b [16]byte
 	copy(b[:10], keySum[:])
 	copy(b[10:], bodySum[:])

@@ -345,11 +345,11 @@ func FuzzIdempotencyKey(f *testing.F) {
 // new one.
 func TestKeyedUUID(t *testing.T) {
 	t.Parallel()
-	base := keyedUUID(caller{"issuer", "subject"}, "key", "email", "name")
+	base := keyedUUID(caller{"issuer", "subject"}, "key", testUser("", "email", "name").userInput)
 	if want := "e572a48c-bd9b-818c-aae4-b5bc42392010"; base != want {
 		t.Errorf("got %s, want %s", base, want)
 	}
-	if id := keyedUUID(caller{}, "8e03978e-40d5-43dd-bc93-6894a57f9325", "grace@example.com", "Grace Hopper"); id != "924993db-f780-84de-89b5-a9cbbc66bb90" {
+	if id := keyedUUID(caller{}, "8e03978e-40d5-43dd-bc93-6894a57f9325", testUser("", "grace@example.com", "Grace Hopper").userInput); id != "924993db-f780-84de-89b5-a9cbbc66bb90" {
 		t.Errorf("README.md shows another id than %s", id)
 	}
 	const half = 23 // the characters that stand for the caller and the key
@@ -358,11 +358,11 @@ func TestKeyedUUID(t *testing.T) {
 		id   string
 		same bool // half of the id
 	}{
-		{"issuer", keyedUUID(caller{"issue", "rsubject"}, "key", "email", "name"), false},
-		{"subject", keyedUUID(caller{"issuer", "subjec"}, "tkey", "email", "name"), false},
-		{"key", keyedUUID(caller{"issuer", "subject"}, "Key", "email", "name"), false},
-		{"email", keyedUUID(caller{"issuer", "subject"}, "key", "Email", "name"), true},
-		{"between email and name", keyedUUID(caller{"issuer", "subject"}, "key", "emailn", "ame"), true},
+		{"issuer", keyedUUID(caller{"issue", "rsubject"}, "key", testUser("", "email", "name").userInput), false},
+		{"subject", keyedUUID(caller{"issuer", "subjec"}, "tkey", testUser("", "email", "name").userInput), false},
+		{"key", keyedUUID(caller{"issuer", "subject"}, "Key", testUser("", "email", "name").userInput), false},
+		{"email", keyedUUID(caller{"issuer", "subject"}, "key", testUser("", "Email", "name").userInput), true},
+		{"between email and name", keyedUUID(caller{"issuer", "subject"}, "key", testUser("", "emailn", "ame").userInput), true},
 	} {
 		if !keyedForm.MatchString(test.id) || test.id[half:] == base[half:] || (test.id[:half] == base[:half]) != test.same {
 			t.Errorf("with another %s: %s\n%s", test.name, test.id, base)

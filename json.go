@@ -117,6 +117,11 @@ func checkJSON(data []byte) error {
 	return nil
 }
 
+// unprocessable returns the error of JSON in the wrong shape.
+func unprocessable(message string) *apiError {
+	return &apiError{kind: kindUnprocessable, message: message}
+}
+
 // malformedJSON returns the error of what is wrong at a byte, counted from 1.
 func malformedJSON(offset int64, reason string) error {
 	return &apiError{kind: kindMalformed, message: fmt.Sprintf("Malformed JSON at byte %d: %s", offset, reason)}

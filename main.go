@@ -16,6 +16,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -183,9 +184,8 @@ type rollcall struct {
 // newRollcall puts the service together: the plain store and the plain server, and
 // around them the mechanisms, each of which is a file of its own.
 func newRollcall(cfg config, log *slog.Logger) *rollcall {
-	once := new(exactlyOnce)
-	store := openStore(cfg, once.connector, log)
-	users := once.store(coalesce(store, store, cfg.dbMaxConns), store.db)
+	store := openStore(cfg, log)
+	users := exactlyOnce(coalesce(store, store, cfg.dbMaxConns), store)
 	srv := newServer(cfg, log)
 	health := newHealth(store.ping, &srv.draining)
 	srv.Handler = watchClient(newHandler(cfg, users, health, log))
@@ -287,9 +287,5 @@ func buildVersion() string {
 	if !ok {
 		return "unknown"
 	}
-	v := info.Main.Version // of the module; with git, derived from the commit
-	if v == "" {
-		v = "(devel)"
-	}
-	return v + " " + info.GoVersion
+	return cmp.Or(info.Main.Version, "(devel)") + " " + info.GoVersion // with git, the version is derived from the commit
 }

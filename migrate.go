@@ -78,10 +78,10 @@ func parseMigrations(schema string) (migrations []migration, err error) {
 // collide, an encoding other than UTF8.
 func migrate(ctx context.Context, db *sql.DB, migrations []migration, log *slog.Logger) error {
 	tx, err := db.BeginTx(ctx, nil)
-	if refused := pq.As(err, pqerror.FeatureNotSupported); refused != nil {
+	if pgErr := pq.As(err, pqerror.FeatureNotSupported); pgErr != nil {
 		// A standby, which can't BEGIN READ WRITE: not for ever, so it is no [*pq.Error]
 		// that would end the start.
-		return errors.New(describe(refused))
+		return errors.New(describe(pgErr))
 	}
 	if err != nil {
 		return err
@@ -155,8 +155,8 @@ func lockMigrations(ctx context.Context, tx *sql.Tx, log *slog.Logger) (applied 
 	if !exists { // even with IF NOT EXISTS, it would take the right to create
 		_, err := tx.ExecContext(ctx, `CREATE TABLE rollcall_migrations (version integer PRIMARY KEY,
 			title text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())`)
-		if refused := pq.As(err, pqerror.InsufficientPrivilege); refused != nil {
-			return nil, &schemaError{refused.Message + ": as the owner of the schema, run " + grant}
+		if pgErr := pq.As(err, pqerror.InsufficientPrivilege); pgErr != nil {
+			return nil, &schemaError{pgErr.Message + ": as the owner of the schema, run " + grant}
 		}
 		return nil, err
 	}
@@ -174,8 +174,8 @@ func (m migration) apply(ctx context.Context, tx *sql.Tx, log *slog.Logger) erro
 	defer logSlow(log, fmt.Sprintf("migration %d: %s", m.version, m.title)).Stop()
 	// Without arguments the text goes out as it is, many statements at once.
 	_, err := tx.ExecContext(ctx, m.text)
-	if refused := pq.As(err); refused != nil && !isUnavailable(err) { // for a person to solve
-		return &schemaError{fmt.Sprintf("migration %d (%s): %s", m.version, m.title, describe(refused))}
+	if pgErr := pq.As(err); pgErr != nil && !isUnavailable(err) { // for a person to solve
+		return &schemaError{fmt.Sprintf("migration %d (%s): %s", m.version, m.title, describe(pgErr))}
 	}
 	if err == nil {
 		_, err = tx.ExecContext(ctx, "INSERT INTO rollcall_migrations (version, title, checksum) VALUES ($1, $2, $3)",
@@ -190,8 +190,8 @@ func logSlow(log *slog.Logger, what string) *time.Timer {
 }
 
 // describe returns all that PostgreSQL said, a line each: the message, the detail, the hint.
-func describe(refused *pq.Error) string {
-	said := []string{refused.Message, refused.Detail, refused.Hint}
+func describe(pgErr *pq.Error) string {
+	said := []string{pgErr.Message, pgErr.Detail, pgErr.Hint}
 	return strings.Join(slices.DeleteFunc(said, func(s string) bool { return s == "" }), "\n")
 }
 
@@ -214,15 +214,15 @@ func (s *pgStore) start(ctx context.Context) error {
 		if _, ok := errors.AsType[*schemaError](err); ok {
 			return err
 		}
-		if refused := pq.As(err); refused != nil && !isUnavailable(err) && refused.Code.Class() != "28" && // not let in
-			refused.Code != pqerror.InvalidCatalogName { // no such database
-			switch refused.Code.Class() {
+		if pgErr := pq.As(err); pgErr != nil && !isUnavailable(err) && pgErr.Code.Class() != "28" && // not let in
+			pgErr.Code != pqerror.InvalidCatalogName { // no such database
+			switch pgErr.Code.Class() {
 			case "22", "42", "55": // it is asked for something that is not there, or not so
-				if refused.Fatal() { // by the connection
-					return usageError("DATABASE_URL: PostgreSQL refuses the connection: " + strings.ReplaceAll(describe(refused), "\n", "; "))
+				if pgErr.Fatal() { // by the connection
+					return usageError("DATABASE_URL: PostgreSQL refuses the connection: " + strings.ReplaceAll(describe(pgErr), "\n", "; "))
 				}
 			}
-			return &schemaError{"PostgreSQL refuses: " + describe(refused)}
+			return &schemaError{"PostgreSQL refuses: " + describe(pgErr)}
 		}
 		s.log.Warn("waiting for PostgreSQL", "error", err.Error(), "next_try", pause.String())
 		select {

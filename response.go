@@ -37,6 +37,13 @@ func (rec *responseRecorder) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// writeBody writes a whole response. The body must not be changed after.
+func writeBody(w http.ResponseWriter, status int, contentType []string, body []byte) {
+	rec := w.(*responseRecorder)
+	rec.Header()["Content-Type"] = contentType
+	rec.status, rec.body = status, body
+}
+
 const (
 	// smallBytes is what one client may have in memory uncounted: net/http's
 	// buffers and the header of a request take as much.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -9,6 +10,8 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -24,8 +27,18 @@ import (
 // taken over may allow NULL, where one such row must not hide the others.
 const columns = "id, COALESCE(email, ''), COALESCE(name, ''), COALESCE(created_at, 'infinity'), COALESCE(updated_at, '-infinity')"
 
-// inputColumns are those that clients write, in the order of [userInput.values].
-const inputColumns = "email, name"
+// inputColumns are those that clients write.
+var inputColumns = eachField("{name}", 0)
+
+// eachField returns the text once for each of [userInput.fields], with commas between
+// them: with its name, and its number from first on.
+func eachField(text string, first int) string {
+	var all []string
+	for i, field := range new(userInput).fields() {
+		all = append(all, strings.NewReplacer("{name}", field.name, "{n}", strconv.Itoa(first+i)).Replace(text))
+	}
+	return strings.Join(all, ", ")
+}
 
 // versionSQL is the SQL counterpart of [user.version].
 const versionSQL = "(extract(epoch FROM LEAST(GREATEST(updated_at, timestamptz '0001-01-01 00:00:00Z'), " + lastUpdate + ")) * 1000000)::bigint::text"
@@ -46,12 +59,12 @@ func conditionsHold(match, noneMatch string) string {
 
 // The statements. Each connection prepares them once.
 var (
-	insertUser = "INSERT INTO users (id, " + inputColumns + ") VALUES ($1, $2, $3) RETURNING " + columns
+	insertUser = "INSERT INTO users (id, " + inputColumns + ") VALUES ($1, " + eachField("${n}", 2) + ") RETURNING " + columns
 	selectUser = "SELECT " + columns + " FROM users WHERE id = $1"
 	findUser   = "SELECT " + columns + " FROM users WHERE lower(email) = lower($1)"
 	firstUsers = "SELECT " + columns + " FROM users ORDER BY created_at DESC, id DESC LIMIT $1 OFFSET $2"
 	nextUsers  = "SELECT " + columns + " FROM users WHERE (created_at, id) < ($2, $3) ORDER BY created_at DESC, id DESC LIMIT $1"
-	updateUser = "UPDATE users SET email = COALESCE($4, email), name = COALESCE($5, name), updated_at = " + newUpdate + " " +
+	updateUser = "UPDATE users SET " + eachField("{name} = COALESCE(${n}, {name})", 4) + ", updated_at = " + newUpdate + " " +
 		"WHERE id = $1 AND " + conditionsHold("$2", "$3") + " RETURNING " + columns
 	deleteUser = "DELETE FROM users WHERE id = $1 AND " + conditionsHold("$2", "$3") + " RETURNING " + columns
 )
@@ -59,8 +72,9 @@ var (
 // A pgStore keeps users in PostgreSQL. It is a [userStore].
 type pgStore struct {
 	db        *sql.DB
-	migrateDB *sql.DB // beside the pool, for start: migrations take as long as they take
-	pingDB    *sql.DB // beside the pool, so that a pool of slow statements is no outage
+	connector *connector // of db
+	migrateDB *sql.DB    // beside the pool, for start: migrations take as long as they take
+	pingDB    *sql.DB    // beside the pool, so that a pool of slow statements is no outage
 	log       *slog.Logger
 	deep      chan struct{} // a semaphore of the deep list that is read
 	deepQueue chan struct{} // a semaphore of those that wait for it, or are read
@@ -68,16 +82,17 @@ type pgStore struct {
 }
 
 // openStore returns the store of the configured database. It does not connect:
-// [pgStore.start] does. The connections of the pool are those of wrap.
-func openStore(cfg config, wrap func(*connector) driver.Connector, log *slog.Logger) *pgStore {
-	s := &pgStore{log: log, deep: make(chan struct{}, 1), deepQueue: make(chan struct{}, max(1, cfg.maxInFlight/4))}
-	s.db = sql.OpenDB(wrap(newConnector(cfg, log)))
+// [pgStore.start] does.
+func openStore(cfg config, log *slog.Logger) *pgStore {
+	s := &pgStore{log: log, connector: newConnector(cfg, log)}
+	s.deep, s.deepQueue = make(chan struct{}, 1), make(chan struct{}, max(1, cfg.maxInFlight/4))
+	s.db = sql.OpenDB(s.connector)
 	s.db.SetMaxOpenConns(cfg.dbMaxConns)
 	s.db.SetMaxIdleConns(cfg.dbMaxConns)
 	s.db.SetConnMaxIdleTime(5 * time.Minute) // before firewalls forget an idle connection
 	s.db.SetConnMaxLifetime(connLifetime(cfg))
-	s.pingDB = openAside(cfg, readyTimeout)
-	s.migrateDB = openAside(cfg, 0)
+	s.pingDB = openUnpooled(cfg, readyTimeout)
+	s.migrateDB = openUnpooled(cfg, 0)
 	return s
 }
 
@@ -96,7 +111,7 @@ func (s *pgStore) ping(ctx context.Context) error {
 }
 
 func (s *pgStore) create(ctx context.Context, u newUser) (user, error) {
-	created, err := s.one(ctx, insertUser, u.args(u.id)...)
+	created, err := s.one(ctx, insertUser, u.args(&u.id)...)
 	if errors.Is(err, errNotFound) {
 		err = errSkipped
 	}
@@ -141,9 +156,9 @@ func (s *pgStore) list(ctx context.Context, q listQuery) (*page, error) {
 }
 
 func (s *pgStore) update(ctx context.Context, p userPatch) (user, error) {
-	u, err := s.one(ctx, updateUser, p.args(p.id, p.when.match, p.when.noneMatch)...)
+	u, err := s.one(ctx, updateUser, p.args(&p.id, p.when.match, p.when.noneMatch)...)
 	if errors.Is(err, errNotFound) {
-		return u, s.whyNot(ctx, p.id, p.when)
+		return u, s.missError(ctx, p.id, p.when)
 	}
 	return u, s.takenOr(ctx, p.id, p.email, err)
 }
@@ -151,18 +166,18 @@ func (s *pgStore) update(ctx context.Context, p userPatch) (user, error) {
 func (s *pgStore) delete(ctx context.Context, id string, when preconditions) error {
 	_, err := s.one(ctx, deleteUser, id, when.match, when.noneMatch)
 	if errors.Is(err, errNotFound) {
-		return s.whyNot(ctx, id, when)
+		return s.missError(ctx, id, when)
 	}
 	return err
 }
 
-// whyNot returns why a statement has left a user as it is.
-func (s *pgStore) whyNot(ctx context.Context, id string, when preconditions) error {
+// missError returns the error of a write that has changed no user.
+func (s *pgStore) missError(ctx context.Context, id string, when preconditions) error {
 	u, err := s.get(ctx, id)
-	if err == nil {
-		err = when.skipReason(&u)
+	if err != nil {
+		return err
 	}
-	return err
+	return cmp.Or(when.check(&u), error(errSkipped))
 }
 
 // one runs a statement that returns at most one user; none is [errNotFound].
@@ -189,10 +204,11 @@ func (s *pgStore) query(ctx context.Context, text string, args ...any) (users []
 	return users, err
 }
 
-// args returns the arguments of a statement: others, and behind them the fields.
+// args returns the arguments of a statement: others, and behind them the fields. All are
+// of type *string.
 func (in userInput) args(others ...any) []any {
-	for _, value := range in.values() {
-		others = append(others, value)
+	for _, field := range in.fields() {
+		others = append(others, *field.value)
 	}
 	return others
 }
@@ -204,29 +220,31 @@ func (u *user) fields() []any { return []any{&u.ID, &u.Email, &u.Name, &u.Create
 func (s *pgStore) each(ctx context.Context, text string, args []any, scan func(*sql.Rows) error) error {
 	rows, err := s.db.QueryContext(ctx, text, args...)
 	if err != nil {
-		return translate(ctx, text, err)
+		return translate(ctx, err)
 	}
 	defer rows.Close()
 	for rows.Next() {
 		if err := scan(rows); err != nil {
-			return translate(ctx, text, err)
+			return translate(ctx, err)
 		}
 	}
-	if err := rows.Err(); err != nil { // after the statement was executed
-		return translate(ctx, text, fmt.Errorf("reading the response: %w", err))
+	if err := rows.Err(); err != nil {
+		if isWrite(text) && err == ctx.Err() { // for which database/sql closes the rows
+			err = unansweredError{cause: err}
+		}
+		return translate(ctx, err)
 	}
 	s.answered.Store(time.Now().UnixNano())
 	return nil
 }
 
+// isWrite reports whether a statement changes anything.
+func isWrite(text string) bool { return !strings.HasPrefix(text, "SELECT") }
+
 // translate turns an error of the driver into one of ours, by its SQLSTATE
-// (PostgreSQL's manual, appendix A) and never by its text. A write that PostgreSQL
-// did not answer may have been made.
-func translate(ctx context.Context, text string, err error) error {
-	if isWrite(text) && isUnanswered(ctx, err) {
-		err = fmt.Errorf("%w: %w", errAmbiguous, err)
-	}
-	switch refused := pq.As(err); {
+// (PostgreSQL's manual, appendix A) and never by its text.
+func translate(ctx context.Context, err error) error {
+	switch pgErr := pq.As(err); {
 	case ctx.Err() != nil: // whatever the driver made of it
 		return asAPIError(fmt.Errorf("%w (%w)", ctx.Err(), err))
 	case pq.As(err, pqerror.QueryCanceled, pqerror.LockNotAvailable) != nil: // by statement_timeout or lock_timeout
@@ -235,31 +253,23 @@ func translate(ctx context.Context, text string, err error) error {
 		return &apiError{kind: kindUnavailable, message: "The database has no space left", cause: err}
 	case isUnavailable(err):
 		return &apiError{kind: kindUnavailable, message: "The database is not available", cause: err}
-	case refused == nil:
+	case pgErr == nil:
 		return &apiError{kind: kindDatabase, cause: err}
-	case refused.Code == pqerror.UniqueViolation && refused.Constraint == "users_email_lower_key":
+	case pgErr.Code == pqerror.UniqueViolation && pgErr.Constraint == "users_email_lower_key":
 		return errEmailTaken
 	// What others have added to the table: constraints, shorter types, triggers. Their
 	// names are in the text of err.
 	case pq.As(err, pqerror.UniqueViolation, pqerror.ExclusionViolation, pqerror.ForeignKeyViolation, pqerror.RestrictViolation) != nil:
 		return &apiError{kind: kindConflict, message: "The change conflicts with other data in the database", cause: err}
-	case refused.Code.Class() == "P0", refused.Code.Class() == "45", refused.Code.Class() == pqerror.ClassDataException, // P0 and 45 by a trigger
-		refused.Code.Class() == pqerror.ClassIntegrityConstraintViolation:
+	case slices.Contains(ruleClasses, pgErr.Code.Class()):
 		return &apiError{kind: kindUnprocessable, message: "The change breaks a rule of the database", cause: err}
 	default:
 		return &apiError{kind: kindDatabase, cause: err}
 	}
 }
 
-// isWrite reports whether a statement changes anything.
-func isWrite(text string) bool { return !strings.HasPrefix(text, "SELECT") }
-
-// isUnanswered reports whether err, of the driver, leaves open what PostgreSQL has
-// done with the statement. The error of ctx itself comes from waiting for a connection.
-func isUnanswered(ctx context.Context, err error) bool {
-	_, unsent := errors.AsType[connectError](err)
-	return !unsent && pq.As(err) == nil && err != ctx.Err() && (ctx.Err() != nil || isTransient(err))
-}
+// ruleClasses are the classes of errors about the row itself; P0 and 45 are those of triggers.
+var ruleClasses = []pqerror.Class{pqerror.ClassDataException, pqerror.ClassIntegrityConstraintViolation, "P0", "45"}
 
 // isRefused reports whether err, of a write, is about the row and what is there
 // already: the change is not made, now or later.
@@ -272,29 +282,25 @@ func isRefused(err error) bool {
 // stops, crashed, fails over or can't be reached, or it has undone the statement
 // for the sake of another one.
 func isTransient(err error) bool {
-	if refused := pq.As(err); refused != nil {
-		switch refused.Code {
+	if pgErr := pq.As(err); pgErr != nil {
+		switch pgErr.Code {
 		case pqerror.TRDeadlockDetected, pqerror.TRSerializationFailure,
 			pqerror.AdminShutdown, pqerror.CrashShutdown, pqerror.CannotConnectNow, pqerror.IdleSessionTimeout,
 			pqerror.ReadOnlySQLTransaction, // a standby, or a primary that became one
 			pqerror.TooManyConnections:
 			return true
 		}
-		return refused.Code.Class() == "08" // connection exception
+		return pgErr.Code.Class() == "08" // connection exception
 	}
-	if _, ok := errors.AsType[connectError](err); ok {
-		return true
-	}
-	var netErr net.Error
-	return errors.Is(err, errAmbiguous) || errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.As(err, &netErr) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+	return errors.As(err, new(connectError)) || errors.As(err, new(net.Error)) || errors.Is(err, errAmbiguous) ||
+		errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // isUnavailable reports whether err is the database's failure and nobody's
 // fault here: it is transient, or PostgreSQL lacks what it needs right now.
 func isUnavailable(err error) bool {
-	if refused := pq.As(err); refused != nil {
-		switch refused.Code.Class() {
+	if pgErr := pq.As(err); pgErr != nil {
+		switch pgErr.Code.Class() {
 		case "40", // transaction rollback: the tries ran out
 			"53", // insufficient resources: connections, memory, disk
 			"57", // operator intervention: shutdown, crash, starting up, cancelled by an administrator

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	"errors"
 	"fmt"
 	"io"
@@ -370,15 +369,13 @@ func newStore(t *testing.T) *pgStore {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := openStore(cfg, plainConnector, newLogger(cfg, io.Discard))
+	s := openStore(cfg, newLogger(cfg, io.Discard))
 	t.Cleanup(func() { s.close() })
 	if err := s.start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
-
-func plainConnector(c *connector) driver.Connector { return c }
 
 func testUser(id, email, name string) newUser { return newUser{id, userInput{&email, &name}} }
 
@@ -486,7 +483,7 @@ func TestBinaryParameters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	direct := openStore(cfg, plainConnector, newLogger(cfg, io.Discard))
+	direct := openStore(cfg, newLogger(cfg, io.Discard))
 	defer direct.close()
 	direct.db.SetMaxOpenConns(1)
 	if err := direct.start(t.Context()); err != nil {

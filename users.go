@@ -63,8 +63,15 @@ type userStore interface {
 // A userInput is what clients write of a user; nil is a field that is not given.
 type userInput struct{ email, name *string }
 
-// values returns the fields in the order of [inputColumns].
-func (in userInput) values() []*string { return []*string{in.email, in.name} }
+// An inputField is a field of a [userInput].
+type inputField struct {
+	name  string // of the JSON member, and of the column
+	value **string
+}
+
+func (in *userInput) fields() []inputField {
+	return []inputField{{"email", &in.email}, {"name", &in.name}}
+}
 
 // A newUser is what create stores. All fields are given.
 type newUser struct {
@@ -86,13 +93,22 @@ func readUserInput(r *http.Request) (in userInput, err error) {
 	if err != nil {
 		return in, err
 	}
-	var emailSeen, nameSeen bool
+	seen := make(map[string]bool)
 	err = walkObject(body, func(member string, value []byte) error {
-		switch member {
-		case "email":
-			return setString(&in.email, &emailSeen, member, value)
-		case "name":
-			return setString(&in.name, &nameSeen, member, value)
+		for _, field := range in.fields() {
+			if field.name != member {
+				continue
+			}
+			text, isText := jsonString(value)
+			switch {
+			case seen[member]:
+				return unprocessable(member + " is given twice")
+			case isText:
+				*field.value = &text
+			case string(value) != "null":
+				return unprocessable(member + " must be a string")
+			}
+			seen[member] = true
 		}
 		return nil
 	})
@@ -100,28 +116,6 @@ func readUserInput(r *http.Request) (in userInput, err error) {
 		return in, err
 	}
 	return in, in.validate()
-}
-
-// setString sets field to the string in value, or to nil for null.
-func setString(field **string, seen *bool, name string, value []byte) error {
-	if *seen {
-		return unprocessable(name + " is given twice")
-	}
-	*seen = true
-	if string(value) == "null" {
-		return nil
-	}
-	s, ok := jsonString(value)
-	if !ok {
-		return unprocessable(name + " must be a string")
-	}
-	*field = &s
-	return nil
-}
-
-// unprocessable returns the error of JSON in the wrong shape.
-func unprocessable(message string) *apiError {
-	return &apiError{kind: kindUnprocessable, message: message}
 }
 
 // validate checks the fields that are there, and names the first bad one.
@@ -173,7 +167,7 @@ func (h *users) create(w http.ResponseWriter, r *http.Request) error {
 	}
 	id := newUUID()
 	if key != "" {
-		id = keyedUUID(infoFrom(r.Context()).caller, key, *in.email, *in.name)
+		id = keyedUUID(infoFrom(r.Context()).caller, key, in)
 	}
 	u, err := h.store.create(r.Context(), newUser{id, in})
 	if err != nil {
