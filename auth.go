@@ -289,14 +289,14 @@ func printToken(args []string, getenv func(string) string, stdout, stderr io.Wri
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return usageError(err.Error())
 	}
-	secret := []byte(getenv("JWT_SECRET"))
-	if len(secret) == 0 {
+	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_ISSUER", "JWT_AUDIENCE")
+	switch {
+	case err != nil:
+		return usageError(err.Error())
+	case cfg.jwtSecret == nil:
 		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
 	}
-	if _, err := secretKey(secret); err != nil {
-		return usageError("JWT_SECRET: " + err.Error())
-	}
-	g.issuer, g.audience = getenv("JWT_ISSUER"), getenv("JWT_AUDIENCE")
-	_, err = fmt.Fprintln(stdout, mintToken(secret, g, time.Now()))
+	g.issuer, g.audience = cfg.issuer, cfg.audience
+	_, err = fmt.Fprintln(stdout, mintToken(cfg.jwtSecret, g, time.Now()))
 	return err
 }

@@ -92,26 +92,16 @@ func (c *config) variables() []variable {
 func loadConfig(getenv func(string) string, dev bool) (config, error) {
 	var c config
 	var mistakes []error
-	refuse := func(name, format string, args ...any) {
-		mistakes = append(mistakes, errors.New(name+": "+strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; ")))
-	}
 	for _, v := range c.variables() {
 		if dev && v.name == "HOST" {
 			v.defaultValue = "127.0.0.1" // an open or half-configured service is nobody else's business
 		}
-		value := cmp.Or(getenv(v.name), v.defaultValue) // an empty variable counts as unset
-		if value == "" {
-			continue
+		if err := c.set(v, getenv); err != nil {
+			mistakes = append(mistakes, err)
 		}
-		secret := slices.Contains(secrets, v.name)
-		switch err := v.parse(value); {
-		case err != nil && secret:
-			refuse(v.name, "%v", err)
-		case err != nil:
-			refuse(v.name, "%.80q %v", value, err)
-		case !secret:
-			c.shown = append(c.shown, slog.String(v.name, value))
-		}
+	}
+	refuse := func(name, format string, args ...any) {
+		mistakes = append(mistakes, mistake(name, format, args...))
 	}
 	// What no variable can tell by itself.
 	if !dev && getenv("DATABASE_URL") == "" {
@@ -126,6 +116,39 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 		}
 	}
 	return c, errors.Join(mistakes...)
+}
+
+// loadSome reads the variables of these names alone, for a command that needs no others.
+func loadSome(getenv func(string) string, names ...string) (c config, err error) {
+	for _, v := range c.variables() {
+		if slices.Contains(names, v.name) {
+			err = errors.Join(err, c.set(v, getenv))
+		}
+	}
+	return c, err
+}
+
+// set reads one variable.
+func (c *config) set(v variable, getenv func(string) string) error {
+	value := cmp.Or(getenv(v.name), v.defaultValue) // an empty variable counts as unset
+	if value == "" {
+		return nil
+	}
+	secret := slices.Contains(secrets, v.name)
+	switch err := v.parse(value); {
+	case err != nil && secret:
+		return mistake(v.name, "%v", err)
+	case err != nil:
+		return mistake(v.name, "%.80q %v", value, err)
+	case !secret:
+		c.shown = append(c.shown, slog.String(v.name, value))
+	}
+	return nil
+}
+
+// mistake returns the error of a variable, in one line.
+func mistake(name, format string, args ...any) error {
+	return errors.New(name + ": " + strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
 }
 
 // logTo logs what an operator has to know of the configuration.

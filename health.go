@@ -1,13 +1,11 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
-	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -65,15 +63,9 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 // checkHealth is the healthcheck command: it asks the service on this host whether it is
 // ready. All that it needs of the configuration is where the service listens.
 func checkHealth(ctx context.Context, getenv func(string) string) error {
-	var cfg config
-	for _, v := range cfg.variables() {
-		value := cmp.Or(getenv(v.name), v.defaultValue)
-		if value == "" || !slices.Contains([]string{"HOST", "PORT", "TLS_CERT_FILE"}, v.name) {
-			continue
-		}
-		if err := v.parse(value); err != nil {
-			return usageError(fmt.Sprintf("%s: %q %v", v.name, value, err))
-		}
+	cfg, err := loadSome(getenv, "HOST", "PORT", "TLS_CERT_FILE")
+	if err != nil {
+		return usageError(err.Error())
 	}
 	if cfg.port == 0 {
 		return usageError("healthcheck: with PORT=0 the service takes any free port; set PORT to the one that it logs")
