@@ -45,26 +45,32 @@ type claims struct {
 	expiry, notBefore, issuedAt float64 // in seconds since 1970; 0 when missing
 }
 
+// tokenRules are what a token must have.
+type tokenRules struct {
+	keys                  []key  // it is signed with one of them
+	issuer                string // its iss; empty means any
+	audience              string // in its aud; empty means any
+	readScope, writeScope string // to read, and to change
+	denyUnscoped          bool   // a claim of scopes; else a token without one may do everything
+}
+
 // A verifier checks tokens. It is safe for concurrent use.
 type verifier struct {
-	keys             []key
-	issuer, audience string // not checked when empty
-	now              func() time.Time
+	tokenRules
+	now func() time.Time
 
 	// remembered are the claims of opened tokens, by the hash of the token. A client sends
-	// the same one for hours, and to open it takes a tenth of a GET. Keys, issuer and
-	// audience never change.
+	// the same one for hours, and to open it takes a tenth of a GET. The rules never change.
 	remembered sync.Map
 	opened     atomic.Int64 // tokens; remembered is cleared at each maxRemembered
 }
 
-// newVerifier returns a verifier for tokens signed with one of the keys. It panics
-// without a key.
-func newVerifier(keys []key, issuer, audience string) *verifier {
-	if len(keys) == 0 {
+// newVerifier returns a verifier of these rules. It panics without a key.
+func newVerifier(rules tokenRules) *verifier {
+	if len(rules.keys) == 0 {
 		panic("newVerifier: no keys")
 	}
-	return &verifier{keys: keys, issuer: issuer, audience: audience, now: time.Now}
+	return &verifier{tokenRules: rules, now: time.Now}
 }
 
 // verify returns the claims of a token that is valid now. Its error is always a
@@ -172,26 +178,49 @@ func (v *verifier) readClaims(payload []byte) (c claims, err error) {
 		return claims{}, tokenError("The sub of the token is not a string")
 	case v.issuer != "" && issuer != v.issuer:
 		return claims{}, tokenError("The token is from another issuer")
-	case v.audience != "" && audience != v.audience && !arrayHas(members["aud"], v.audience):
+	case v.audience != "" && audience != v.audience && !slices.Contains(arrayStrings(members["aud"]), v.audience):
 		return claims{}, tokenError("The token is for another audience")
 	}
 	c.caller = caller{issuer: issuer, subject: subject}
 
-	// A scope is a string with spaces (RFC 8693, section 4.2); so is an scp, or an array.
-	scope, _ := jsonString(members["scope"])
-	scp, _ := jsonString(members["scp"])
-	scopes := strings.Split(scope+" "+scp, " ")
-	unscoped := members["scope"] == nil && members["scp"] == nil
-	may := func(s string) bool { return unscoped || slices.Contains(scopes, s) || arrayHas(members["scp"], s) }
-	c.mayRead, c.mayWrite = may("users:read"), may("users:write")
+	var scopes []string
+	unscoped := true
+	for _, name := range scopeClaims {
+		list, _ := jsonString(members[name])
+		scopes = slices.Concat(scopes, strings.Split(list, " "), arrayStrings(members[name]))
+		unscoped = unscoped && members[name] == nil
+	}
+	may := func(scope string) bool { return unscoped && !v.denyUnscoped || slices.Contains(scopes, scope) }
+	c.mayRead, c.mayWrite = may(v.readScope), may(v.writeScope)
 	return c, nil
 }
 
-// arrayHas reports whether value is a JSON array of nothing but strings, with s among them.
-func arrayHas(value []byte, s string) bool {
+// scopeClaims are where identity providers put scopes: Keycloak and Cognito in scope (RFC
+// 8693, section 4.2), Okta and Entra in scp, Auth0 in permissions, Entra for applications in
+// roles. Each is a string with spaces or an array of strings; any other value holds no scope.
+var scopeClaims = []string{"scope", "scp", "permissions", "roles"}
+
+// arrayStrings returns the elements of a JSON array of nothing but strings; there are none in
+// any other value.
+func arrayStrings(value []byte) (all []string) {
 	var list []*string // nil for null
-	ok := json.Unmarshal(value, &list) == nil && !slices.Contains(list, nil)
-	return ok && slices.ContainsFunc(list, func(element *string) bool { return *element == s })
+	if json.Unmarshal(value, &list) != nil || slices.Contains(list, nil) {
+		return nil
+	}
+	for _, s := range list {
+		all = append(all, *s)
+	}
+	return all
+}
+
+// mintToken returns a token for the service of this configuration, which has a secret. Without
+// a scope, it may do everything.
+func (c config) mintToken(g grant) string {
+	if g.scope == "" && c.denyUnscoped {
+		g.scope = c.readScope + " " + c.writeScope
+	}
+	g.issuer, g.audience = c.issuer, c.audience
+	return mintToken(c.jwtSecret, g, time.Now())
 }
 
 // A grant says what goes into a token that [mintToken] makes. What is empty is
@@ -229,9 +258,9 @@ func requireAuth(v *verifier, next http.Handler) http.Handler {
 			return refusal(kindUnauthorized, err.Error(), fmt.Sprintf(`, error="invalid_token", error_description="%v"`, err))
 		}
 		infoFrom(r.Context()).caller = c.caller
-		scope, allowed := "users:write", c.mayWrite
+		scope, allowed := v.writeScope, c.mayWrite
 		if r.Method == http.MethodGet || r.Method == http.MethodHead {
-			scope, allowed = "users:read", c.mayRead
+			scope, allowed = v.readScope, c.mayRead
 		}
 		if !allowed {
 			message := "The token lacks the scope " + scope
@@ -289,14 +318,14 @@ func printToken(args []string, getenv func(string) string, stdout, stderr io.Wri
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return usageError(err.Error())
 	}
-	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_ISSUER", "JWT_AUDIENCE")
+	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_ISSUER", "JWT_AUDIENCE",
+		"JWT_READ_SCOPE", "JWT_WRITE_SCOPE", "JWT_UNSCOPED")
 	switch {
 	case err != nil:
 		return usageError(err.Error())
 	case cfg.jwtSecret == nil:
 		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
 	}
-	g.issuer, g.audience = cfg.issuer, cfg.audience
-	_, err = fmt.Fprintln(stdout, mintToken(cfg.jwtSecret, g, time.Now()))
+	_, err = fmt.Fprintln(stdout, cfg.mintToken(g))
 	return err
 }

@@ -15,6 +15,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math/big"
 	"net/http"
@@ -149,9 +150,14 @@ func signToken(t testing.TB, signer any, algorithm, header, payload string) stri
 
 func encode64(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
 
+// rulesOf returns rules with the scopes that are the default.
+func rulesOf(issuer, audience string, keys ...key) tokenRules {
+	return tokenRules{keys: keys, issuer: issuer, audience: audience, readScope: "users:read", writeScope: "users:write"}
+}
+
 // fixedVerifier is a verifier on whose clock it is always tokenNow.
 func fixedVerifier(issuer, audience string, keys ...key) *verifier {
-	v := newVerifier(keys, issuer, audience)
+	v := newVerifier(rulesOf(issuer, audience, keys...))
 	v.now = func() time.Time { return tokenNow }
 	return v
 }
@@ -240,7 +246,7 @@ func TestRFCExamples(t *testing.T) {
 				}
 				signature[i] ^= 1
 			}
-			v := newVerifier([]key{tt.key}, "", "")
+			v := newVerifier(rulesOf("", "", tt.key))
 			v.now = func() time.Time { return time.Unix(rfcExpiry-1, 0) }
 			want := error(nil)
 			if !tt.claims {
@@ -654,7 +660,8 @@ func TestScopes(t *testing.T) {
 		{`"scope":"users:read\tusers:write"`, false, false},
 		{`"scope":""`, false, false},
 		{`"scope":null`, false, false},
-		{`"scope":["users:read"]`, false, false},
+		{`"scope":["users:read"]`, true, false},
+		{`"scope":["users:read",{}]`, false, false},
 		{`"scope":{"users:read":true}`, false, false},
 		{`"scp":"users:read users:write"`, true, true},
 		{`"scp":["users:read"]`, true, false},
@@ -667,6 +674,16 @@ func TestScopes(t *testing.T) {
 		{`"scope":"users:read","scp":["users:write"]`, true, true},
 		{`"scope":"users:read","scp":null`, true, false},
 		{`"SCOPE":"users:read"`, true, true}, // an unknown claim
+		{`"permissions":["users:read"]`, true, false},
+		{`"permissions":"users:write"`, false, true},
+		{`"permissions":[]`, false, false},
+		{`"permissions":[["users:read"]]`, false, false},
+		{`"roles":["users:read","users:write"]`, true, true},
+		{`"roles":"admin"`, false, false},
+		{`"roles":["users:read",null]`, false, false},
+		{`"roles":1,"permissions":{},"scp":["users:read"],"scope":"users:write"`, true, true},
+		{`"scope":"openid profile email","permissions":["users:read"],"roles":["users:write"]`, true, true},
+		{`"realm_access":{"roles":["users:read"]}`, true, true}, // Keycloak's own, which is none of the four
 	}
 	for _, tt := range tests {
 		t.Run(tt.claims, func(t *testing.T) {
@@ -680,6 +697,94 @@ func TestScopes(t *testing.T) {
 				t.Errorf("read %v, write %v; want %v, %v", read, write, tt.read, tt.write)
 			}
 		})
+	}
+}
+
+// What identity providers put into an access token, each for a service that asks for
+// scopes in the provider's way.
+func TestScopesOfIdentityProviders(t *testing.T) {
+	t.Parallel()
+	const resource = "https://api.example.com/"
+	tests := []struct {
+		name, readScope, writeScope string
+		claims                      string
+		read, write                 bool
+	}{
+		{"Keycloak, client scopes not assigned", "users:read", "users:write", `"scope":"openid email profile"`, false, false},
+		{"Keycloak", "users:read", "users:write", `"scope":"openid email users:read profile"`, true, false},
+		{"Auth0", "read:users", "write:users", `"scope":"openid profile","permissions":["read:users","write:users"]`, true, true},
+		{"Auth0, no permissions", "read:users", "write:users", `"scope":"openid profile","permissions":[]`, false, false},
+		{"Entra, for a user", "Users.Read", "Users.ReadWrite", `"scp":"User.Read Users.Read","roles":["Staff"]`, true, false},
+		{"Entra, for an application", "Users.Read.All", "Users.ReadWrite.All", `"roles":["Users.ReadWrite.All"]`, false, true},
+		{"Cognito", resource + "users.read", resource + "users.write", `"scope":"` + resource + `users.read openid"`, true, false},
+		{"Cognito, slashes escaped", resource + "users.read", resource + "users.write", `"scope":"https:\/\/api.example.com\/users.write"`, false, true},
+		{"Cognito, another resource server", resource + "users.read", resource + "users.write", `"scope":"https://other.example.com/users.read"`, false, false},
+		{"Okta", "rollcall.read", "rollcall.write", `"scp":["openid","rollcall.read","rollcall.write"]`, true, true},
+		{"one scope for both", "rollcall", "rollcall", `"scope":"rollcall"`, true, true},
+	}
+	for _, tt := range tests {
+		for _, deny := range []bool{false, true} { // which has a say only where there are no scopes
+			t.Run(fmt.Sprintf("%s, unscoped denied %t", tt.name, deny), func(t *testing.T) {
+				t.Parallel()
+				v := fixedVerifier("", "", mustSecret(t, tokenSecret))
+				v.readScope, v.writeScope, v.denyUnscoped = tt.readScope, tt.writeScope, deny
+				c, err := v.verify(signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, `{"exp":1700000001,`+tt.claims+`}`))
+				if err != nil || c.mayRead != tt.read || c.mayWrite != tt.write {
+					t.Errorf("%s: read %v, write %v, %v; want %v, %v", tt.claims, c.mayRead, c.mayWrite, err, tt.read, tt.write)
+				}
+			})
+		}
+	}
+}
+
+// The service asks for the scopes that it is configured for, and its token command knows them.
+func TestServiceWithScopes(t *testing.T) {
+	t.Parallel()
+	env := append(withAuth, "JWT_READ_SCOPE=Users.Read", "JWT_WRITE_SCOPE=https://api.example.com/users.write")
+	allow, deny := newService(t, env...), newService(t, append(env, "JWT_UNSCOPED=Deny")...)
+	signed := func(claims string) string {
+		payload := fmt.Sprintf(`{"exp":%d,"sub":"alice"%s}`, time.Now().Add(time.Hour).Unix(), claims)
+		return "Authorization: Bearer " + signToken(t, []byte(middlewareSecret), "HS256", `{"alg":"HS256"}`, payload)
+	}
+	command := func(unscoped string, flags ...string) string { // what "rollcall token" prints
+		vars := testEnv("dbname=x", append(env, "JWT_UNSCOPED="+unscoped)...)
+		var out strings.Builder
+		args := append([]string{"token", "-sub", "alice"}, flags...)
+		if err := run(t.Context(), args, func(name string) string { return vars[name] }, &out, io.Discard); err != nil {
+			t.Fatal(err)
+		}
+		return "Authorization: Bearer " + strings.TrimSpace(out.String())
+	}
+	const write = "https://api.example.com/users.write"
+	for _, tt := range []struct {
+		name, token                   string
+		read, create                  int // statuses where unscoped tokens may do all
+		readWhereDenied, createDenied int // statuses where they may not
+	}{
+		{"no claim of scopes", signed(""), 200, 200, 403, 403},
+		{"other claims", signed(`,"groups":["admin"]`), 200, 200, 403, 403},
+		{"the default scopes", signed(`,"scope":"users:read users:write"`), 403, 403, 403, 403},
+		{"an empty claim", signed(`,"permissions":[]`), 403, 403, 403, 403},
+		{"reads", signed(`,"scp":["Users.Read"]`), 200, 403, 200, 403},
+		{"writes", signed(`,"roles":["` + write + `"]`), 403, 200, 403, 200},
+		{"does both", signed(`,"scope":"Users.Read","permissions":["` + write + `"]`), 200, 200, 200, 200},
+		{"token, without -scope", command("allow"), 200, 200, 403, 403},
+		{"token, without -scope, where unscoped ones are denied", command("deny"), 200, 200, 200, 200},
+		{"token -scope", command("deny", "-scope", "Users.Read"), 200, 403, 200, 403},
+	} {
+		for _, s := range []struct {
+			*service
+			read, create int
+		}{{allow, tt.read, tt.create}, {deny, tt.readWhereDenied, tt.createDenied}} {
+			read := s.call("GET", usersPath, "", tt.token)
+			create := s.call("POST", usersPath, fmt.Sprintf(`{"email":"%s@example.com","name":"x"}`, strings.NewReplacer(" ", "-", ",", "").Replace(tt.name)), tt.token)
+			if read.status != s.read || create.status != s.create {
+				t.Errorf("%s: GET %d, POST %d; want %d, %d", tt.name, read.status, create.status, s.read, s.create)
+			}
+			if want := `Bearer realm="rollcall", error="insufficient_scope", error_description="The token lacks the scope ` + write + `", scope="` + write + `"`; create.status == 403 && create.header.Get("WWW-Authenticate") != want {
+				t.Errorf("%s: challenge %s", tt.name, create.header.Get("WWW-Authenticate"))
+			}
+		}
 	}
 }
 
@@ -839,7 +944,7 @@ func TestNewVerifierNeedsAKey(t *testing.T) {
 			t.Error("a verifier without keys")
 		}
 	}()
-	newVerifier(nil, "", "")
+	newVerifier(rulesOf("", ""))
 }
 
 // keyFileTests are what a key file may hold; FuzzKeyFile starts from them.
@@ -1036,11 +1141,11 @@ func FuzzToken(f *testing.F) {
 	f.Add(rfcTokenEdDSA)
 	f.Add(encode64(`{"alg":"none"}`) + "." + rfcPayload + ".")
 	f.Add(`{"alg":"HS256","kid":"a","crit":[]}`)
-	f.Add(`{"exp":1e999,"nbf":null,"iat":-1,"iss":"me","aud":["users",1],"sub":"a\u0062","scope":"a b","scp":["a"]}`)
+	f.Add(`{"exp":1e999,"nbf":null,"iat":-1,"iss":"me","aud":["users",1],"sub":"a\u0062","scope":"a b","scp":["a"],"permissions":"c","roles":["d",1]}`)
 	keys := []key{mustSecret(f, secret), mustJWK(f, rfcKeyRSA), mustJWK(f, rfcKeyP256), mustJWK(f, rfcKeyP521), mustJWK(f, rfcKeyEd25519)}
-	v := newVerifier(keys, "", "")
+	v := newVerifier(rulesOf("", "", keys...))
 	v.now = func() time.Time { return now }
-	strict := newVerifier(keys, "me", "users")
+	strict := newVerifier(rulesOf("me", "users", keys...))
 	strict.now = v.now
 
 	f.Fuzz(func(t *testing.T, text string) {
@@ -1057,6 +1162,35 @@ func FuzzToken(f *testing.F) {
 		for _, err := range []error{err, headerErr, claimsErr} {
 			if _, ok := err.(tokenError); err != nil && !ok {
 				t.Errorf("not an error for the caller: %v", err)
+			}
+		}
+	})
+}
+
+// FuzzScopes holds that a claim of scopes is read as encoding/json reads it.
+func FuzzScopes(f *testing.F) {
+	for _, seed := range []string{`"users:read"`, `"openid users:read"`, `["a","users:read"]`, `["users:read",null]`, `["users:read",1]`,
+		`[["users:read"]]`, `{"users:read":1}`, `null`, `"users:read "`, `"users\u003aread"`, `["users:read" ]`, `[]`} {
+		f.Add(seed)
+	}
+	v := newVerifier(rulesOf("", "", mustSecret(f, tokenSecret)))
+	f.Fuzz(func(t *testing.T, value string) {
+		var decoded any
+		if json.Unmarshal([]byte(value), &decoded) != nil {
+			return
+		}
+		want := false
+		switch d := decoded.(type) {
+		case string:
+			want = slices.Contains(strings.Split(d, " "), "users:read")
+		case []any:
+			noString := func(element any) bool { _, ok := element.(string); return !ok }
+			want = slices.Contains(d, any("users:read")) && !slices.ContainsFunc(d, noString)
+		}
+		for _, claim := range scopeClaims {
+			c, err := v.readClaims([]byte(`{"exp":1,"` + claim + `":` + value + `}`))
+			if err == nil && c.mayRead != want {
+				t.Errorf("%s of %s: may read: %t, want %t", claim, value, c.mayRead, want)
 			}
 		}
 	})

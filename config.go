@@ -26,11 +26,9 @@ type config struct {
 	host string // where to listen: an IP address without brackets, or a host name
 	port int    // 0 takes a free one
 
-	authOff   bool   // the API is open to everyone
-	keys      []key  // what a token may be signed with; at least one unless authOff
-	jwtSecret []byte // signs what "rollcall token" prints; nil when there is none
-	issuer    string // the iss that a token must have; empty means any
-	audience  string // the aud that a token must have; empty means any
+	authOff    bool   // the API is open to everyone
+	jwtSecret  []byte // signs what "rollcall token" prints; nil when there is none
+	tokenRules        // what a token must have; at least one key unless authOff
 
 	corsOrigins []string // which origins may call from a browser; nil means every one
 
@@ -71,6 +69,10 @@ func (c *config) variables() []variable {
 		{"JWT_JWKS_URL", "", "not in this version: key set of an identity provider", unsupported},
 		{"JWT_ISSUER", "", "issuer that a token must name; unset, any will do", parsed(&c.issuer, asGiven)},
 		{"JWT_AUDIENCE", "", "audience that a token must name; unset, any will do", parsed(&c.audience, asGiven)},
+		{"JWT_READ_SCOPE", "users:read", "scope that a token must have to read", parsed(&c.readScope, parseScope)},
+		{"JWT_WRITE_SCOPE", "users:write", "scope that a token must have to change", parsed(&c.writeScope, parseScope)},
+		{"JWT_UNSCOPED", "allow", "allow or deny tokens without any claim of scopes",
+			choice(&c.denyUnscoped, map[string]bool{"allow": false, "deny": true})},
 		{"CORS_ORIGINS", "*", "origins of browsers that may call, comma-separated; * for all", parsed(&c.corsOrigins, parseOrigins)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", choice(&c.logLevel, logLevels)},
 		{"LOG_FORMAT", "json", "json or text", choice(&c.logFormat, map[string]string{"json": "json", "text": "text"})},
@@ -172,7 +174,7 @@ func (c config) LogValue() slog.Value { return slog.GroupValue(c.shown...) }
 func variablesHelp() string {
 	var b strings.Builder
 	for _, v := range new(config).variables() {
-		fmt.Fprintf(&b, "  %-20s %-8s %s\n", v.name, cmp.Or(v.defaultValue, "-"), v.help)
+		fmt.Fprintf(&b, "  %-20s %-11s %s\n", v.name, cmp.Or(v.defaultValue, "-"), v.help)
 	}
 	return b.String()
 }
@@ -205,6 +207,16 @@ func (c *config) setKeyFile(path string) error {
 // unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
 func unsupported(string) error {
 	return errors.New("is for a later version of rollcall: leave it unset")
+}
+
+// scopeForm matches one scope (RFC 6749, section 3.3): it fits between the quotes of a challenge.
+var scopeForm = regexp.MustCompile(`^[!#-\[\]-~]{1,255}$`)
+
+func parseScope(value string) (string, error) {
+	if !scopeForm.MatchString(value) {
+		return "", errors.New(`is not one scope: 1 to 255 characters of ASCII, without spaces, " and \`)
+	}
+	return value, nil
 }
 
 func asGiven(value string) (string, error) { return value, nil }

@@ -76,6 +76,14 @@ func TestConfigTakes(t *testing.T) {
 		{"JWT_ISSUER=https://id.example/", func(c config) any { return c.issuer }, "https://id.example/"},
 		{"JWT_AUDIENCE=rollcall", func(c config) any { return c.audience }, "rollcall"},
 
+		{"JWT_READ_SCOPE=", func(c config) any { return c.readScope }, "users:read"},
+		{"JWT_READ_SCOPE=https://api.example.com/users.read", func(c config) any { return c.readScope }, "https://api.example.com/users.read"},
+		{"JWT_WRITE_SCOPE=", func(c config) any { return c.writeScope }, "users:write"},
+		{"JWT_WRITE_SCOPE=Users.ReadWrite.All", func(c config) any { return c.writeScope }, "Users.ReadWrite.All"},
+		{"JWT_UNSCOPED=", func(c config) any { return c.denyUnscoped }, false},
+		{"JWT_UNSCOPED=Allow", func(c config) any { return c.denyUnscoped }, false},
+		{"JWT_UNSCOPED=deny", func(c config) any { return c.denyUnscoped }, true},
+
 		{"CORS_ORIGINS=", func(c config) any { return c.corsOrigins }, []string(nil)},
 		{"CORS_ORIGINS=*", func(c config) any { return c.corsOrigins }, []string(nil)},
 		{"CORS_ORIGINS=https://a.example", originsOf, "https://a.example"},
@@ -199,6 +207,13 @@ func TestConfigRefuses(t *testing.T) {
 		{"JWT_PUBLIC_KEY_FILE=" + missing + "\nJWT_SECRET=", fmt.Sprintf("JWT_PUBLIC_KEY_FILE: %.80q is no", missing)},
 		{"JWT_JWKS_URL=https://id.example/keys", `JWT_JWKS_URL: "https://id.example/keys"` + later},
 		{"ADMIN_ADDR=:9090", `ADMIN_ADDR: ":9090"` + later},
+
+		{"JWT_READ_SCOPE=users:read users:write", `JWT_READ_SCOPE: "users:read users:write" is not one scope: 1 to 255 characters`},
+		{`JWT_READ_SCOPE=a"b`, `JWT_READ_SCOPE: "a\"b" is not one scope`},
+		{"JWT_WRITE_SCOPE=\\", `JWT_WRITE_SCOPE: "\\" is not one scope`},
+		{"JWT_WRITE_SCOPE=é", `JWT_WRITE_SCOPE: "é" is not one scope`},
+		{"JWT_WRITE_SCOPE=" + strings.Repeat("a", 256), `JWT_WRITE_SCOPE: "` + strings.Repeat("a", 80) + `" is not one scope`},
+		{"JWT_UNSCOPED=off", `JWT_UNSCOPED: "off" is not one of allow, deny`},
 
 		{"CORS_ORIGINS=https://a.example/", `CORS_ORIGINS: "https://a.example/" has "https://a.example/"` + origin},
 		{"CORS_ORIGINS=https://a.example,*", `CORS_ORIGINS: "https://a.example,*" has "*"` + origin},
@@ -345,7 +360,8 @@ func TestVariablesHelp(t *testing.T) {
 	// The names and defaults of the contract, so that the table can't lose one.
 	for name, byDefault := range map[string]string{
 		"DATABASE_URL": "-", "HOST": "0.0.0.0", "PORT": "3000", "AUTH": "jwt", "JWT_SECRET": "-", "JWT_PUBLIC_KEY_FILE": "-",
-		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
+		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "JWT_READ_SCOPE": "users:read", "JWT_WRITE_SCOPE": "users:write",
+		"JWT_UNSCOPED": "allow", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
 		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s", "DRAIN_DELAY": "0s",
 		"MAX_BODY_BYTES": "65536", "MAX_IN_FLIGHT": "1024", "ADMIN_ADDR": "-", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
 	} {

@@ -85,7 +85,7 @@ func printQuickstart(w io.Writer, cfg config, addr net.Addr) {
 		fmt.Fprintln(w, "\nThe calls take a token signed with a key of JWT_PUBLIC_KEY_FILE.")
 		curl += ` -H "Authorization: Bearer $TOKEN"`
 	default:
-		token := mintToken(cfg.jwtSecret, grant{subject: "dev", ttl: 24 * time.Hour, issuer: cfg.issuer, audience: cfg.audience}, time.Now())
+		token := cfg.mintToken(grant{subject: "dev", ttl: 24 * time.Hour})
 		fmt.Fprintf(w, "\nA token that may do everything for 24 hours:\n\n%s\n", token)
 		curl += " -H 'Authorization: Bearer " + token + "'"
 	}

@@ -117,6 +117,21 @@ func FuzzLoggedPath(f *testing.F) {
 	})
 }
 
+// FuzzScopeName holds that a configured scope can stand in a challenge, between quotes (RFC 9110, section 5.6.4).
+func FuzzScopeName(f *testing.F) {
+	for _, seed := range []string{"users:read", "https://api.example.com/users.read", "Users.Read.All", "a b", `a"b`, `a\b`, "é", "a\n", ""} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, value string) {
+		scope, err := parseScope(value)
+		if err == nil && (scope != value || scope == "" || strings.ContainsAny(scope, `"\ `) || strings.IndexFunc(scope, notASCII) >= 0) {
+			t.Errorf("%q is taken as the scope %q", value, scope)
+		}
+	})
+}
+
+func notASCII(r rune) bool { return r <= ' ' || r > '~' }
+
 func FuzzOrigins(f *testing.F) {
 	for _, seed := range []string{"*", "https://a.example", "http://localhost:5173, https://b.example", "https://a.example/", "HTTPS://A.example:443",
 		"null", "https://a.example,,", "https://[::1]:80", "https://u@a.example", "https://a.example?x", "https://é.example"} {

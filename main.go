@@ -139,7 +139,7 @@ func newHandler(cfg config, store userStore, h *health, log *slog.Logger) http.H
 	guarded = readBody(cfg.maxBodyBytes, api, guarded)
 	guarded = requireReady(h, guarded)
 	if !cfg.authOff {
-		guarded = requireAuth(newVerifier(cfg.keys, cfg.issuer, cfg.audience), guarded)
+		guarded = requireAuth(newVerifier(cfg.tokenRules), guarded)
 	}
 
 	root := cors(cfg.corsOrigins, split("/api/", guarded, exactPath(open)))
