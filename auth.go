@@ -318,13 +318,13 @@ func printToken(args []string, getenv func(string) string, stdout, stderr io.Wri
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return usageError(err.Error())
 	}
-	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_ISSUER", "JWT_AUDIENCE",
+	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_SECRET_FILE", "JWT_ISSUER", "JWT_AUDIENCE",
 		"JWT_READ_SCOPE", "JWT_WRITE_SCOPE", "JWT_UNSCOPED")
 	switch {
 	case err != nil:
 		return usageError(err.Error())
 	case cfg.jwtSecret == nil:
-		return usageError("token: JWT_SECRET is not set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
+		return usageError("token: neither JWT_SECRET nor JWT_SECRET_FILE is set (that of rollcall -dev is in " + devDir + "/jwt_secret)")
 	}
 	_, err = fmt.Fprintln(stdout, cfg.mintToken(g))
 	return err

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -54,17 +55,20 @@ type variable struct {
 	parse                    func(value string) error // value is never empty, and the error continues the sentence that it begins
 }
 
-// secrets are the variables whose values are never shown.
+// secrets are the variables whose values are never shown. Each may be in a file, which a variable with _FILE in its name
+// names.
 var secrets = []string{"DATABASE_URL", "JWT_SECRET"}
 
 // variables returns every variable that sets c, in the order in which mistakes are reported and -h lists them.
 func (c *config) variables() []variable {
 	return []variable{
 		{"DATABASE_URL", "", "required: postgres://user:password@host:5432/database", c.setDatabase},
+		{"DATABASE_URL_FILE", "", "file that holds DATABASE_URL, instead of it", fromFile(c.setDatabase)},
 		{"HOST", "0.0.0.0", "address to listen on (127.0.0.1 with -dev)", parsed(&c.host, parseHost)},
 		{"PORT", "3000", "port to listen on; 0 takes a free one", number(&c.port, 0, 65535)},
 		{"AUTH", "jwt", "jwt, or off to open the API to everyone", choice(&c.authOff, map[string]bool{"jwt": false, "off": true})},
 		{"JWT_SECRET", "", "secret of HS256, HS384 and HS512 tokens, at least 32 bytes", c.setSecret},
+		{"JWT_SECRET_FILE", "", "file that holds JWT_SECRET, instead of it", fromFile(c.setSecret)},
 		{"JWT_PUBLIC_KEY_FILE", "", "public keys of RSA, ECDSA and Ed25519 tokens, PEM or JWKS", c.setKeyFile},
 		{"JWT_JWKS_URL", "", "not in this version: key set of an identity provider", unsupported},
 		{"JWT_ISSUER", "", "issuer that a token must name; unset, any will do", parsed(&c.issuer, asGiven)},
@@ -106,10 +110,11 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 		mistakes = append(mistakes, mistake(name, format, args...))
 	}
 	// What no variable can tell by itself.
-	if !dev && getenv("DATABASE_URL") == "" {
+	if !dev && !isSet(getenv, "DATABASE_URL") {
 		refuse("DATABASE_URL", "not set; it takes %s; rollcall -dev brings a database of its own", databaseForms)
 	}
-	if !dev && !c.authOff && cmp.Or(getenv("JWT_SECRET"), getenv("JWT_PUBLIC_KEY_FILE"), getenv("JWT_JWKS_URL")) == "" {
+	publicKeys := cmp.Or(getenv("JWT_PUBLIC_KEY_FILE"), getenv("JWT_JWKS_URL"))
+	if !dev && !c.authOff && !isSet(getenv, "JWT_SECRET") && publicKeys == "" {
 		refuse("AUTH", `"jwt" needs a key; set JWT_SECRET or JWT_PUBLIC_KEY_FILE, or AUTH=off to open the API to everyone`)
 	}
 	if c.tlsCertFile != "" || c.tlsKeyFile != "" {
@@ -136,6 +141,10 @@ func (c *config) set(v variable, getenv func(string) string) error {
 	if value == "" {
 		return nil
 	}
+	plain, _ := strings.CutSuffix(v.name, "_FILE")
+	if plain != v.name && slices.Contains(secrets, plain) && getenv(plain) != "" {
+		return mistake(v.name, "%.80q is set beside %s: leave one of them out", value, plain)
+	}
 	secret := slices.Contains(secrets, v.name)
 	switch err := v.parse(value); {
 	case err != nil && secret:
@@ -151,6 +160,11 @@ func (c *config) set(v variable, getenv func(string) string) error {
 // mistake returns the error of a variable, in one line.
 func mistake(name, format string, args ...any) error {
 	return errors.New(name + ": " + strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
+}
+
+// isSet reports whether one of the secrets is given, as it is or in a file.
+func isSet(getenv func(string) string, secret string) bool {
+	return cmp.Or(getenv(secret), getenv(secret+"_FILE")) != ""
 }
 
 // logTo logs what an operator has to know of the configuration.
@@ -190,6 +204,42 @@ func (c *config) setSecret(value string) error {
 	k, err := secretKey([]byte(value))
 	c.jwtSecret, c.keys = []byte(value), append(c.keys, k)
 	return err
+}
+
+var lineBreak = regexp.MustCompile(`\r?\n\z`)
+
+// fromFile returns a function that takes the path of a file for what the file holds, without one line break at its end:
+// editors and echo leave one there.
+func fromFile(set func(value string) error) func(path string) error {
+	return func(path string) error {
+		data, err := readSmallFile(path)
+		if err != nil {
+			return fmt.Errorf("can't be read: %w", err)
+		}
+		value := lineBreak.ReplaceAllString(string(data), "")
+		if value == "" {
+			return errors.New("is an empty file")
+		}
+		if err := set(value); err != nil {
+			return fmt.Errorf("is a file with a bad value: %w", err)
+		}
+		return nil
+	}
+}
+
+const maxSmallFile = 1 << 20 // bytes: a page of text has less, and what is larger got its name by mistake
+
+// readSmallFile reads a regular file of at most maxSmallFile bytes. Opening a pipe would wait for its writer, perhaps for
+// ever.
+func readSmallFile(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxSmallFile) {
+		err = fmt.Errorf("expected a regular file of at most %d bytes", maxSmallFile)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return os.ReadFile(path)
 }
 
 func (c *config) setKeyFile(path string) error {

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -46,9 +47,10 @@ func TestConfigTakes(t *testing.T) {
 	t.Parallel()
 	cert, certKey := certificateFiles(t)
 	keyFile := publicKeyFile(t)
+	secretFile := func(content string) string { return secretFile(t, content) }
 
 	for _, test := range []struct {
-		env  string // one variable, beside the least that is required
+		env  string // variables, a line each, beside the least that is required
 		get  func(c config) any
 		want any
 	}{
@@ -72,6 +74,12 @@ func TestConfigTakes(t *testing.T) {
 		{"JWT_SECRET=" + soundSecret, func(c config) any { return string(c.jwtSecret) }, soundSecret},
 		{"JWT_SECRET=" + soundSecret, func(c config) any { return len(c.keys) }, 1},
 		{"JWT_PUBLIC_KEY_FILE=" + keyFile, func(c config) any { return len(c.keys) }, 2}, // the secret is the other
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + secretFile(soundSecret), func(c config) any { return string(c.jwtSecret) }, soundSecret},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + secretFile(soundSecret+"\n"), func(c config) any { return string(c.jwtSecret) }, soundSecret},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + secretFile(soundSecret+"\r\n"), func(c config) any { return string(c.jwtSecret) }, soundSecret},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + secretFile(" "+soundSecret+"é\x00 "), func(c config) any { return string(c.jwtSecret) }, " " + soundSecret + "é\x00 "},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + secretFile(soundSecret), func(c config) any { return len(c.keys) }, 1},
+		{"DATABASE_URL=\nDATABASE_URL_FILE=" + secretFile(soundURL+"\n"), func(c config) any { return c.database.Password }, "hunter2"},
 		{"JWT_ISSUER=", func(c config) any { return c.issuer }, ""},
 		{"JWT_ISSUER=https://id.example/", func(c config) any { return c.issuer }, "https://id.example/"},
 		{"JWT_AUDIENCE=rollcall", func(c config) any { return c.audience }, "rollcall"},
@@ -128,7 +136,7 @@ func TestConfigTakes(t *testing.T) {
 	} {
 		t.Run(test.env, func(t *testing.T) {
 			t.Parallel()
-			c, err := loadConfig(getenvOf(test.env), false)
+			c, err := loadConfig(getenvOf(strings.Split(test.env, "\n")...), false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -167,6 +175,13 @@ func TestConfigRefuses(t *testing.T) {
 	cert, certKey := certificateFiles(t)
 	otherCert, _ := certificateFiles(t)
 	missing := filepath.Join(t.TempDir(), "missing")
+	large, pipe := secretFile(t, strings.Repeat("hunter2", 1<<18)), filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	shortFile, emptyFile, lineFile := secretFile(t, "hunter2\n"), secretFile(t, ""), secretFile(t, "\n")
+	linesFile := secretFile(t, soundSecret+"\n\n")
+	wrongURL, urlFile, soundFile := secretFile(t, "mysql://alice:hunter2@db/app"), secretFile(t, soundURL), secretFile(t, soundSecret)
 
 	const (
 		host   = " is not an IP address or a host name; no scheme, and the port goes into PORT"
@@ -203,6 +218,17 @@ func TestConfigRefuses(t *testing.T) {
 		{"JWT_SECRET=", `AUTH: "jwt" needs a key; set JWT_SECRET or JWT_PUBLIC_KEY_FILE, or AUTH=off to open the API to everyone`},
 		{"JWT_SECRET=hunter2", "JWT_SECRET: "},
 		{"JWT_SECRET=hunter2\nAUTH=off", "JWT_SECRET: "},
+		{"JWT_SECRET_FILE=" + soundFile, fmt.Sprintf("JWT_SECRET_FILE: %.80q is set beside JWT_SECRET: leave one of them out", soundFile)},
+		{"DATABASE_URL_FILE=" + urlFile, fmt.Sprintf("DATABASE_URL_FILE: %.80q is set beside DATABASE_URL: leave one of them out", urlFile)},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + missing, fmt.Sprintf("JWT_SECRET_FILE: %.80q can't be read: stat ", missing)},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + t.TempDir(), `JWT_SECRET_FILE: "/`},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + pipe, fmt.Sprintf("JWT_SECRET_FILE: %.80q can't be read: expected a regular file of at most 1048576 bytes", pipe)},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + large, fmt.Sprintf("JWT_SECRET_FILE: %.80q can't be read: expected a regular file of at most", large)},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + shortFile, fmt.Sprintf("JWT_SECRET_FILE: %.80q is a file with a bad value: the secret has fewer than 32 bytes", shortFile)},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + linesFile, fmt.Sprintf("JWT_SECRET_FILE: %.80q is a file with a bad value: the secret has fewer than 32 bytes, or it ends with", linesFile)},
+		{"JWT_SECRET=\nJWT_SECRET_FILE=" + emptyFile, fmt.Sprintf("JWT_SECRET_FILE: %.80q is an empty file", emptyFile)},
+		{"DATABASE_URL=\nDATABASE_URL_FILE=" + lineFile, fmt.Sprintf("DATABASE_URL_FILE: %.80q is an empty file", lineFile)},
+		{"DATABASE_URL=\nDATABASE_URL_FILE=" + wrongURL, fmt.Sprintf("DATABASE_URL_FILE: %.80q is a file with a bad value: not shown, for it may hold", wrongURL)},
 		{"JWT_PUBLIC_KEY_FILE=" + missing, fmt.Sprintf("JWT_PUBLIC_KEY_FILE: %.80q is no file of public keys: ", missing)},
 		{"JWT_PUBLIC_KEY_FILE=" + missing + "\nJWT_SECRET=", fmt.Sprintf("JWT_PUBLIC_KEY_FILE: %.80q is no", missing)},
 		{"JWT_JWKS_URL=https://id.example/keys", `JWT_JWKS_URL: "https://id.example/keys"` + later},
@@ -359,7 +385,8 @@ func TestVariablesHelp(t *testing.T) {
 	}
 	// The names and defaults of the contract, so that the table can't lose one.
 	for name, byDefault := range map[string]string{
-		"DATABASE_URL": "-", "HOST": "0.0.0.0", "PORT": "3000", "AUTH": "jwt", "JWT_SECRET": "-", "JWT_PUBLIC_KEY_FILE": "-",
+		"DATABASE_URL": "-", "DATABASE_URL_FILE": "-", "HOST": "0.0.0.0", "PORT": "3000", "AUTH": "jwt", "JWT_SECRET": "-",
+		"JWT_SECRET_FILE": "-", "JWT_PUBLIC_KEY_FILE": "-",
 		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "JWT_READ_SCOPE": "users:read", "JWT_WRITE_SCOPE": "users:write",
 		"JWT_UNSCOPED": "allow", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
 		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s", "DRAIN_DELAY": "0s",
@@ -407,6 +434,16 @@ func publicKeyFile(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return pemFile(t, "PUBLIC KEY", der)
+}
+
+// secretFile returns the path of a file with this content.
+func secretFile(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func pemFile(t *testing.T, kind string, der []byte) string {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -27,7 +26,7 @@ func configure(ctx context.Context, dev bool, getenv func(string) string, stderr
 	if cfg, err = loadConfig(getenv, dev); err != nil {
 		return cfg, nil, usageError(err.Error())
 	}
-	if dev && cmp.Or(getenv("JWT_SECRET"), getenv("JWT_PUBLIC_KEY_FILE")) == "" {
+	if dev && !isSet(getenv, "JWT_SECRET") && getenv("JWT_PUBLIC_KEY_FILE") == "" {
 		secret, err := devSecret(devDir)
 		if err != nil {
 			return cfg, nil, err
@@ -36,7 +35,7 @@ func configure(ctx context.Context, dev bool, getenv func(string) string, stderr
 			return cfg, nil, usageError("JWT_SECRET: " + err.Error())
 		}
 	}
-	if dev && getenv("DATABASE_URL") == "" {
+	if dev && !isSet(getenv, "DATABASE_URL") {
 		fmt.Fprintf(stderr, "rollcall: starting a private PostgreSQL, its data in %s\n", devDir)
 		unsetLibpq()
 		if private, err = startPostgres(ctx, devDir); err != nil {

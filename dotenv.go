@@ -16,8 +16,6 @@ import (
 // dotenvFile is read by serving and by "rollcall token", and by no other command. The tests change it.
 var dotenvFile = ".env"
 
-const maxDotenv = 1 << 20 // bytes: a .env is a page of text, and whatever is larger got its name by mistake
-
 // withDotenv returns a getenv that falls back on the file at path, which may be missing. The environment wins, so that one
 // run can differ from the file. Lines that are no settings are an error where they name one of our variables; the others,
 // which other programs may have put there, are passed over with a warning on stderr.
@@ -28,6 +26,12 @@ func withDotenv(getenv func(string) string, path string, stderr io.Writer) (func
 	}
 	for _, name := range managerVariables {
 		delete(values, name)
+	}
+	for _, name := range secrets { // in either form: one in the environment and the other in the file would be a mistake
+		if isSet(getenv, name) {
+			delete(values, name)
+			delete(values, name+"_FILE")
+		}
 	}
 	merged := func(name string) string { return cmp.Or(getenv(name), values[name]) }
 	if len(skipped) > 0 {
@@ -48,10 +52,8 @@ func readDotenv(path string) (values map[string]string, skipped []string, err er
 		return nil, nil, err
 	case info.IsDir(): // such as a virtual environment of Python
 		return nil, []string{"expected a file, found a directory"}, nil
-	case !info.Mode().IsRegular() || info.Size() > maxDotenv: // opening a pipe would wait for its writer, perhaps for ever
-		return nil, nil, fmt.Errorf("expected a regular file of at most %d bytes", maxDotenv)
 	}
-	data, err := os.ReadFile(path)
+	data, err := readSmallFile(path)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -172,7 +172,7 @@ func TestWithDotenv(t *testing.T) {
 	if _, _, err := read(broken); !strings.HasPrefix(errorText(err), broken+": line 2: expected NAME=value") {
 		t.Errorf("a broken file: %v", err)
 	}
-	if _, _, err := read(write(strings.Repeat("#", maxDotenv+1))); !strings.HasSuffix(errorText(err), "of at most 1048576 bytes") {
+	if _, _, err := read(write(strings.Repeat("#", maxSmallFile+1))); !strings.HasSuffix(errorText(err), "of at most 1048576 bytes") {
 		t.Errorf("a large file: %v", err)
 	}
 	if os.Getuid() > 0 { // root may read everything

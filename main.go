@@ -72,7 +72,7 @@ const usage = `rollcall is a users service: a REST API over one table of Postgre
   rollcall               serve, as the environment and .env say
   rollcall -dev          serve with nothing configured, on a private PostgreSQL in ./.dev
   rollcall token -sub NAME [-ttl 1h] [-scope "users:read users:write"]
-                         print a token signed with JWT_SECRET
+                         print a token signed with JWT_SECRET or the secret in JWT_SECRET_FILE
   rollcall healthcheck   exit 0 if the service on this host is ready
   rollcall version       print the version
 

@@ -120,7 +120,7 @@ func TestExitCodes(t *testing.T) {
 		{"HOST that does not resolve", "", testEnv("dbname=x", "HOST="+strings.Repeat("a", 64)), 2, `^$`, `^rollcall: HOST: "a{64}" is not [^\n]*no such host\n$`},
 		{"port taken", "", testEnv(testDatabase(t).url(), "PORT="+port), 1, `^$`, `address already in use`},
 		{"token", "token -sub alice", map[string]string{"JWT_SECRET": secret}, 0, `^eyJ[\w-]+\.[\w-]+\.[\w-]+\n$`, `^$`},
-		{"token without secret", "token -sub alice", nil, 2, `^$`, `JWT_SECRET is not set`},
+		{"token without secret", "token -sub alice", nil, 2, `^$`, `neither JWT_SECRET nor JWT_SECRET_FILE is set`},
 		{"token with a short secret", "token -sub alice", map[string]string{"JWT_SECRET": "tooshort"}, 2, `^$`, `JWT_SECRET: .*32`},
 		{"token with a secret and its line break", "token -sub alice", map[string]string{"JWT_SECRET": secret + "\n"}, 2, `^$`, `^rollcall: JWT_SECRET: [^\n]*ends with a line break[^\n]*\n$`},
 		{"a secret with its line break", "", map[string]string{"DATABASE_URL": "dbname=x", "JWT_SECRET": secret + "\r\n"}, 2, `^$`, `^rollcall: JWT_SECRET: [^\n]*ends with a line break[^\n]*\n$`},
@@ -160,6 +160,49 @@ func TestDotenvIsRead(t *testing.T) {
 	p := startProcess(t, dir, map[string]string{"LOG_LEVEL": "info"})
 	if code := p.exit(); code != 2 || !strings.Contains(p.stderr.String(), `PORT: "x"`) || strings.Contains(p.stderr.String(), "loud") {
 		t.Errorf("exit code %d: %s", code, p.stderr)
+	}
+}
+
+// The secrets come from files, as containers and systemd have them. In the environment one
+// form of a secret wins over the other in .env.
+func TestSecretsInFiles(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	databaseURL, _ := newSchema(t)
+	const secret = "0123456789abcdef0123456789abcdef"
+	for name, content := range map[string]string{
+		"url": databaseURL + "\n", "secret": secret + "\n",
+		".env": "DATABASE_URL=host=nowhere.invalid\nJWT_SECRET_FILE=secret\nPORT=0\nHOST=127.0.0.1\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := startProcess(t, dir, map[string]string{"DATABASE_URL_FILE": "url"})
+	p.waitReady()
+	s := &service{t: t, url: p.url}
+	token := startProcess(t, dir, nil, "token", "-sub", "alice")
+	if code := token.exit(); code != 0 {
+		t.Fatalf("token: exit code %d, %s", code, token.stderr)
+	}
+	if a := s.call("GET", usersPath, "", "Authorization: Bearer "+strings.TrimSpace(token.stdout.String())); a.status != 200 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	dev := startProcess(t, dir, map[string]string{"DATABASE_URL_FILE": "url"}, "-dev")
+	dev.waitReady()
+	if _, err := os.Stat(filepath.Join(dir, devDir)); err == nil {
+		t.Error("-dev has made a database or a secret of its own")
+	}
+	both := startProcess(t, dir, map[string]string{"JWT_SECRET": secret, "JWT_SECRET_FILE": "secret"}, "token", "-sub", "alice")
+	if code := both.exit(); code != 2 || !strings.Contains(both.stderr.String(), `JWT_SECRET_FILE: "secret" is set beside JWT_SECRET`) {
+		t.Errorf("both: exit code %d, %s", code, both.stderr)
+	}
+	other := startProcess(t, dir, map[string]string{"JWT_SECRET": "another" + secret}, "token", "-sub", "alice")
+	if code := other.exit(); code != 0 {
+		t.Fatalf("token with a secret in the environment: exit code %d, %s", code, other.stderr)
+	}
+	if a := s.call("GET", usersPath, "", "Authorization: Bearer "+strings.TrimSpace(other.stdout.String())); a.status != 401 {
+		t.Errorf("signed with another secret: %d %s", a.status, a.body)
 	}
 }
 
