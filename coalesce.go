@@ -300,8 +300,6 @@ func (s *batchedStore) alone(ctx context.Context, write func() (user, error)) (u
 // They skip rows that are locked. A locked row is reached by its place, ctid, and by its
 // id too, since in a table that inherits from users another row may have the same place.
 var (
-	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
-
 	insertUsers = "WITH new AS (SELECT * FROM unnest($1::uuid[], " + eachField("${n}::text[]", 2) + ") AS new (id, " + inputColumns + ")), " +
 		"taken AS (SELECT new.*, now() AS created_at, now() AS updated_at FROM new " +
 		"JOIN ONLY users AS old ON lower(old.email) = lower(new.email)), " +

@@ -449,7 +449,7 @@ func TestChaosFraming(t *testing.T) {
 		{"oversized chunk extension", ask + "Transfer-Encoding: chunked\r\n\r\n2;" + strings.Repeat("x", 64<<10) + "\r\n{}\r\n0\r\n\r\n" + smuggled, "400"},
 		{"many small chunk extensions", ask + "Transfer-Encoding: chunked\r\n\r\n" +
 			strings.Repeat("1;"+strings.Repeat("x", 1000)+"\r\n \r\n", 100) + "0\r\n\r\n" + smuggled, "400"},
-		{"header of 40 KiB", "GET /health HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 40<<10) + "\r\n\r\n" + smuggled, "431"},
+		{"header of 56 KiB", "GET /health HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 56<<10) + "\r\n\r\n" + smuggled, "431"},
 		{"10,000 fields", "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X: y\r\n", 10_000) + "\r\n" + smuggled, "431"},
 		{"body too large", ask + "Content-Length: 99999999\r\n\r\n" + smuggled, "413"},
 		{"chunked body too large", ask + "Transfer-Encoding: chunked\r\n\r\n200000\r\n" + strings.Repeat(" ", 2<<20) + "\r\n0\r\n\r\n" + smuggled, "413"},
@@ -740,7 +740,7 @@ func TestSlowClientsHoldLittle(t *testing.T) {
 		return all
 	}
 	fields1, fields2 := "", []string{}
-	for i := range 28 {
+	for i := range 44 {
 		fields1 += fmt.Sprintf("X-%d: %s\r\n", i, strings.Repeat("x", 990))
 		fields2 = append(fields2, fmt.Sprintf("x-%d: %s", i, strings.Repeat("x", 950)))
 	}

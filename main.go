@@ -3,7 +3,7 @@
 //	GET    /health               the process is up
 //	GET    /health/ready         it can serve: 200, or 503 and why not
 //	POST   /api/v1/users         create a user; may be repeated with an Idempotency-Key
-//	GET    /api/v1/users         list them, newest first; ?limit= ?offset= ?cursor= ?email=
+//	GET    /api/v1/users         list them, newest first; ?limit= ?offset= ?cursor= ?email= ?id=
 //	GET    /api/v1/users/{id}    one user
 //	PUT    /api/v1/users/{id}    change what is given; PATCH does the same
 //	DELETE /api/v1/users/{id}    delete

@@ -22,12 +22,16 @@ type listQuery struct {
 	limit, offset int64
 	after         position // where the page before ended; the zero position is the start of the list
 	email         string   // empty: everybody
+	ids           string   // with commas between them, not a slice, so that queries can be compared; empty: everybody
 }
+
+const maxIDs = 1000 // in one query
 
 // parseListQuery reads the query of a request for the list. Unknown parameters are
 // ignored, well formed or not; the error names the parameter that is wrong.
 func parseListQuery(query string) (listQuery, error) {
 	q, given := listQuery{limit: 20}, make(map[string]bool)
+	var ids []string
 	for parameter := range strings.SplitSeq(query, "&") {
 		name, value, _ := strings.Cut(parameter, "=")
 		name, _ = url.QueryUnescape(name)
@@ -46,16 +50,27 @@ func parseListQuery(query string) (listQuery, error) {
 			if q.email = value; value == "" || len(value) > 4*255 || !utf8.ValidString(value) || strings.Contains(value, "\x00") {
 				err = invalid("email must be an address to look for")
 			}
+		case "id":
+			value, err = parseUUID(value)
+			ids = append(ids, value)
 		default:
 			continue
 		}
 		if err != nil {
 			return q, err
 		}
-		if given[name] {
+		if given[name] && name != "id" {
 			return q, invalid(name + " is given twice")
 		}
 		given[name] = true
+	}
+	switch {
+	case len(ids) > 0 && len(given) > 1:
+		return q, invalid("id goes with no other parameter")
+	case len(ids) > maxIDs:
+		return q, invalid(fmt.Sprintf("id may be given %d times at most", maxIDs))
+	case len(ids) > 0:
+		q.limit, q.ids = maxIDs, strings.Join(ids, ",")
 	}
 	if given["cursor"] && (given["offset"] || given["email"]) {
 		return q, invalid("cursor goes with neither offset nor email")

@@ -69,7 +69,7 @@ func newServer(cfg config, log *slog.Logger) *server {
 		ReadTimeout:       5*time.Second + cfg.requestTimeout,  // headers, then the body
 		WriteTimeout:      30*time.Second + cfg.requestTimeout, // from the headers on: handler, then the response
 		IdleTimeout:       120 * time.Second,
-		MaxHeaderBytes:    32 << 10,
+		MaxHeaderBytes:    48 << 10, // a list of 1000 ids takes 40 KB
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ConnState:         s.track,
 		ConnContext:       s.connContext,

@@ -59,12 +59,13 @@ func conditionsHold(match, noneMatch string) string {
 
 // The statements. Each connection prepares them once.
 var (
-	insertUser = "INSERT INTO users (id, " + inputColumns + ") VALUES ($1, " + eachField("${n}", 2) + ") RETURNING " + columns
-	selectUser = "SELECT " + columns + " FROM users WHERE id = $1"
-	findUser   = "SELECT " + columns + " FROM users WHERE lower(email) = lower($1)"
-	firstUsers = "SELECT " + columns + " FROM users ORDER BY created_at DESC, id DESC LIMIT $1 OFFSET $2"
-	nextUsers  = "SELECT " + columns + " FROM users WHERE (created_at, id) < ($2, $3) ORDER BY created_at DESC, id DESC LIMIT $1"
-	updateUser = "UPDATE users SET " + eachField("{name} = COALESCE(${n}, {name})", 4) + ", updated_at = " + newUpdate + " " +
+	insertUser  = "INSERT INTO users (id, " + inputColumns + ") VALUES ($1, " + eachField("${n}", 2) + ") RETURNING " + columns
+	selectUser  = "SELECT " + columns + " FROM users WHERE id = $1"
+	selectUsers = "SELECT " + columns + " FROM users WHERE id = ANY ($1::uuid[])"
+	findUser    = "SELECT " + columns + " FROM users WHERE lower(email) = lower($1)"
+	firstUsers  = "SELECT " + columns + " FROM users ORDER BY created_at DESC, id DESC LIMIT $1 OFFSET $2"
+	nextUsers   = "SELECT " + columns + " FROM users WHERE (created_at, id) < ($2, $3) ORDER BY created_at DESC, id DESC LIMIT $1"
+	updateUser  = "UPDATE users SET " + eachField("{name} = COALESCE(${n}, {name})", 4) + ", updated_at = " + newUpdate + " " +
 		"WHERE id = $1 AND " + conditionsHold("$2", "$3") + " RETURNING " + columns
 	deleteUser = "DELETE FROM users WHERE id = $1 AND " + conditionsHold("$2", "$3") + " RETURNING " + columns
 )
@@ -145,6 +146,9 @@ func (s *pgStore) list(ctx context.Context, q listQuery) (*page, error) {
 	var users []user
 	var err error
 	switch {
+	case q.ids != "":
+		users, err = s.query(ctx, selectUsers, "{"+q.ids+"}")
+		sortByIDs(users, strings.Split(q.ids, ","))
 	case q.after != (position{}):
 		users, err = s.query(ctx, nextUsers, q.limit+1, timestamp(q.after.createdAt), q.after.id)
 	case q.offset >= deepOffset:
@@ -153,6 +157,15 @@ func (s *pgStore) list(ctx context.Context, q listQuery) (*page, error) {
 		users, err = s.query(ctx, firstUsers, q.limit+1, q.offset)
 	}
 	return newPage(users, q.limit), err
+}
+
+// sortByIDs sorts users in the order of ids. Of an id that is there twice, the first counts.
+func sortByIDs(users []user, ids []string) {
+	place := make(map[string]int, len(ids))
+	for i, id := range slices.Backward(ids) {
+		place[id] = i
+	}
+	slices.SortFunc(users, func(a, b user) int { return cmp.Compare(place[a.ID], place[b.ID]) })
 }
 
 func (s *pgStore) update(ctx context.Context, p userPatch) (user, error) {

@@ -398,7 +398,7 @@ const (
 // empty, and nobody has analyzed it since.
 func TestPlans(t *testing.T) {
 	t.Parallel()
-	wantPlans(t, newStore(t), insertUser, selectUser, findUser, firstUsers, nextUsers, updateUser, deleteUser, selectKeyed)
+	wantPlans(t, newStore(t), insertUser, selectUser, selectUsers, findUser, firstUsers, nextUsers, updateUser, deleteUser, selectKeyed)
 }
 
 // wantPlans fails the test if a statement reads more of the table than it has to.

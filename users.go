@@ -50,7 +50,7 @@ type userStore interface {
 	get(ctx context.Context, id string) (user, error)
 	// find returns the user of that address, letter case ignored, or [errNotFound].
 	find(ctx context.Context, email string) (user, error)
-	// list returns a page of the list, newest first.
+	// list returns a page of the list, newest first, or the users of q.ids, in their order.
 	list(ctx context.Context, q listQuery) (*page, error)
 	// update changes the fields that are not nil. The error is [errNotFound],
 	// [errEmailTaken], or [errPrecondition] in a version that p.when excludes.
@@ -177,7 +177,7 @@ func (h *users) create(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, &u)
 }
 
-// list responds with a page of users, newest first.
+// list responds with a page of users, newest first, or with those whose ids are given.
 func (h *users) list(w http.ResponseWriter, r *http.Request) error {
 	q, err := parseListQuery(r.URL.RawQuery)
 	if err != nil {

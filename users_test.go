@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net/http"
@@ -489,6 +490,101 @@ func TestListQuery(t *testing.T) {
 	}
 }
 
+// Users by their ids: in the order asked, each once.
+func TestListByIDs(t *testing.T) {
+	t.Parallel()
+	s := newService(t, withAuth...)
+	alice := bearer("alice")
+	mustExec(t, s.db, `INSERT INTO users (id, email, name) SELECT gen_random_uuid(), 'u' || i || '@example.com', 'x' FROM generate_series(1, 1000) i`)
+	all := s.call("GET", usersPath+"?limit=1000", "", alice).users(t)
+	if len(all) != 1000 {
+		t.Fatalf("%d users", len(all))
+	}
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	ids := make([]string, len(all))
+	for i, u := range all {
+		ids[i] = u["id"]
+	}
+	bare := strings.ReplaceAll(ids[2], "-", "")
+	for _, test := range []struct {
+		name, query string
+		want        []map[string]string
+	}{
+		{"one", "id=" + ids[0], all[:1]},
+		{"in the order asked", "id=" + ids[2] + "&id=" + ids[0] + "&id=" + ids[1], []map[string]string{all[2], all[0], all[1]}},
+		{"nobody", "id=" + noSuchID, nil},
+		{"nobody among others", "id=" + ids[1] + "&id=" + noSuchID + "&id=" + ids[0], []map[string]string{all[1], all[0]}},
+		{"twice: at its first place", "id=" + ids[1] + "&id=" + ids[0] + "&id=" + strings.ToUpper(ids[1]), []map[string]string{all[1], all[0]}},
+		{"other forms of a UUID", "id=" + bare + "&%69d=%7B" + ids[0] + "%7D&id=urn:uuid:" + strings.ToUpper(ids[1]), []map[string]string{all[2], all[0], all[1]}},
+		{"beside what is none of ours", "utm=%zz&id=" + ids[0] + "&;&page=2", all[:1]},
+		{"a thousand", "id=" + strings.Join(ids, "&id="), all},
+		{"a thousand times one", strings.Repeat("id="+ids[3]+"&", 1000), all[3:4]},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			a := s.call("GET", usersPath+"?"+test.query, "", alice)
+			if got := a.users(t); !slices.EqualFunc(got, test.want, maps.Equal) {
+				t.Errorf("got %d users, want %d: %.500s", len(got), len(test.want), a.body)
+			}
+			if link := a.header["Link"]; link != nil {
+				t.Errorf("Link: %q", link)
+			}
+			head := s.call("HEAD", usersPath+"?"+test.query, "", alice)
+			if head.status != 200 || head.body != "" || head.header.Get("Content-Length") != fmt.Sprint(len(a.body)) || head.header["Link"] != nil {
+				t.Errorf("HEAD: %d %q %v", head.status, head.body, head.header)
+			}
+		})
+	}
+	for _, test := range []struct{ name, query, message string }{
+		{"empty", "id=", "id must be a UUID"},
+		{"no value", "id", "id must be a UUID"},
+		{"no UUID", "id=" + ids[0] + "&id=1", "id must be a UUID"},
+		{"a list in one", "id=" + ids[0] + "," + ids[1], "id must be a UUID"},
+		{"malformed", "id=%zz", "id must be a UUID"},
+		{"with a semicolon", "id=" + ids[0] + ";id=" + ids[1], "id must be a UUID"},
+		{"with limit", "id=" + ids[0] + "&limit=1", "id goes with no other parameter"},
+		{"with offset", "offset=0&id=" + ids[0], "id goes with no other parameter"},
+		{"with email", "id=" + ids[0] + "&email=a@example.com&id=" + ids[1], "id goes with no other parameter"},
+		{"with cursor", "id=" + ids[0] + "&cursor=" + position{time.Now(), ids[0]}.cursor(), "id goes with no other parameter"},
+		{"more than a thousand", "id=" + bare + strings.Repeat("&id="+bare, 1000), "id may be given 1000 times at most"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			wantError(t, s.call("GET", usersPath+"?"+test.query, "", alice), 400, "Validation error: "+test.message)
+		})
+	}
+}
+
+// A list by ids sees what was changed before it, though it may share its statement.
+func TestListByIDsSeesWrites(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	var clients sync.WaitGroup
+	for i := range 8 {
+		clients.Go(func() {
+			path := ""
+			for j := range 20 {
+				method, target, body := "POST", usersPath, fmt.Sprintf(`{"email":"a%d@example.com","name":"0"}`, i)
+				if j > 0 {
+					method, target, body = "PATCH", path, fmt.Sprintf(`{"name":"%d"}`, j)
+				}
+				a, err := s.try(method, target, body)
+				if err != nil || a.status != 200 {
+					t.Errorf("%s: %v %v", method, a, err)
+					return
+				}
+				id := a.user(t)["id"]
+				path = usersPath + "/" + id
+				got, err := s.try("GET", usersPath+"?id="+noSuchID+"&id="+id, "")
+				if want := "[" + a.body + "]"; err != nil || got.body != want {
+					t.Errorf("got %s, %v\nwant %s", got.body, err, want)
+				}
+			}
+		})
+	}
+	clients.Wait()
+}
+
 // While others insert, a walk by Link sees each user of its beginning once.
 func TestPagingWhileInserting(t *testing.T) {
 	t.Parallel()
@@ -864,11 +960,16 @@ func FuzzCursor(f *testing.F) {
 	})
 }
 
+// idListForm matches ids as they are put into an array of PostgreSQL.
+var idListForm = regexp.MustCompile(`^([0-9a-f-]{36},)*[0-9a-f-]{36}$`)
+
 func FuzzListQuery(f *testing.F) {
 	f.Add("limit=10&offset=5")
 	f.Add("email=a%40b&cursor=x")
 	f.Add("limit=5&q=100%")
 	f.Add("%;=a&li%6dit=1;&&=")
+	f.Add("id=" + noSuchID + "&i%64=%7B" + noSuchID + "%7D&x=1")
+	f.Add("id=" + noSuchID + "&limit=5&id=1")
 	f.Fuzz(func(t *testing.T, query string) {
 		q, err := parseListQuery(query)
 		// net/url drops what is malformed, and reads the rest in the same way.
@@ -877,6 +978,9 @@ func FuzzListQuery(f *testing.F) {
 			t.Errorf("%q: %+v, but as %q: %+v, %v", query, q, values.Encode(), again, err2)
 		} else if err != nil && malformed == nil && err2 == nil {
 			t.Errorf("%q: %v, but as %q it is %+v", query, err, values.Encode(), again)
+		}
+		if err == nil && q.ids != "" && (q != listQuery{limit: 1000, ids: q.ids} || !idListForm.MatchString(q.ids)) {
+			t.Errorf("%q: %+v", query, q)
 		}
 		if err == nil && (q.limit < 0 || q.limit > 1000 || q.offset < 0 || q.after != (position{}) && q.offset != 0) {
 			t.Errorf("%q: %+v", query, q)
