@@ -42,6 +42,7 @@ type config struct {
 	drainDelay      time.Duration // how long requests are still accepted after a signal; may be 0
 	maxBodyBytes    int64         // the largest request body
 	maxInFlight     int           // requests served at once; those beyond are refused
+	rateLimit       int           // requests a second of one caller; 0 is no limit
 
 	tlsCertFile, tlsKeyFile string // both or neither
 
@@ -86,6 +87,7 @@ func (c *config) variables() []variable {
 		{"DRAIN_DELAY", "0s", "how long new requests are still served after a stop signal", duration(&c.drainDelay, 0)},
 		{"MAX_BODY_BYTES", "65536", "largest body of a request", number(&c.maxBodyBytes, 1, 1<<30)},
 		{"MAX_IN_FLIGHT", "1024", "requests served at once; those beyond get a 503", number(&c.maxInFlight, 1, 1_000_000)},
+		{"RATE_LIMIT", "", "requests a second of one caller, with a burst of twice that", number(&c.rateLimit, 1, 1_000_000)},
 		{"ADMIN_ADDR", "", "not in this version: address for metrics and profiles", unsupported},
 		{"TLS_CERT_FILE", "", "certificate in PEM, with its chain; serves HTTPS", parsed(&c.tlsCertFile, asGiven)},
 		{"TLS_KEY_FILE", "", "private key of TLS_CERT_FILE", parsed(&c.tlsKeyFile, asGiven)},

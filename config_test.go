@@ -130,6 +130,9 @@ func TestConfigTakes(t *testing.T) {
 		{"MAX_IN_FLIGHT=", func(c config) any { return c.maxInFlight }, 1024},
 		{"MAX_IN_FLIGHT=1000000", func(c config) any { return c.maxInFlight }, 1000000},
 
+		{"RATE_LIMIT=", func(c config) any { return c.rateLimit }, 0},
+		{"RATE_LIMIT=50", func(c config) any { return c.rateLimit }, 50},
+
 		{"JWT_JWKS_URL=", func(c config) any { return len(c.keys) }, 1},
 		{"ADMIN_ADDR=", func(c config) any { return c.port }, 3000},
 		{"TLS_CERT_FILE=", func(c config) any { return c.tlsCertFile + c.tlsKeyFile }, ""},
@@ -284,6 +287,10 @@ func TestConfigRefuses(t *testing.T) {
 		{"MAX_IN_FLIGHT=0", `MAX_IN_FLIGHT: "0" is not a whole number from 1 to 1000000`},
 		{"MAX_IN_FLIGHT=1000001", `MAX_IN_FLIGHT: "1000001" is not a whole number from 1 to 1000000`},
 
+		{"RATE_LIMIT=0", `RATE_LIMIT: "0" is not a whole number from 1 to 1000000`},
+		{"RATE_LIMIT=1.5", `RATE_LIMIT: "1.5" is not a whole number from 1 to 1000000`},
+		{"RATE_LIMIT=1000001", `RATE_LIMIT: "1000001" is not a whole number from 1 to 1000000`},
+
 		{"TLS_CERT_FILE=" + cert, fmt.Sprintf(`TLS_CERT_FILE: %.80q and TLS_KEY_FILE "" are no pair: open : no such file`, cert)},
 		{"TLS_KEY_FILE=" + certKey, fmt.Sprintf(`TLS_CERT_FILE: "" and TLS_KEY_FILE %.80q are no pair: open : no such file`, certKey)},
 		{"TLS_CERT_FILE=" + missing + "\nTLS_KEY_FILE=" + certKey, fmt.Sprintf("TLS_CERT_FILE: %.80q and TLS_KEY_FILE ", missing)},
@@ -390,7 +397,7 @@ func TestVariablesHelp(t *testing.T) {
 		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "JWT_READ_SCOPE": "users:read", "JWT_WRITE_SCOPE": "users:write",
 		"JWT_UNSCOPED": "allow", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
 		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s", "DRAIN_DELAY": "0s",
-		"MAX_BODY_BYTES": "65536", "MAX_IN_FLIGHT": "1024", "ADMIN_ADDR": "-", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
+		"MAX_BODY_BYTES": "65536", "MAX_IN_FLIGHT": "1024", "RATE_LIMIT": "-", "ADMIN_ADDR": "-", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
 	} {
 		found := false
 		for line := range strings.SplitSeq(help, "\n") {

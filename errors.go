@@ -36,6 +36,7 @@ var (
 	kindTooLarge      = kind{http.StatusRequestEntityTooLarge, "Request body too large"}
 	kindMediaType     = kind{http.StatusUnsupportedMediaType, "Content-Type must be application/json"}
 	kindUnprocessable = kind{http.StatusUnprocessableEntity, "Unexpected JSON"}
+	kindTooMany       = kind{http.StatusTooManyRequests, "Too many requests of this caller"}
 	kindClientGone    = kind{499, "Client closed the request"} // nginx's number, for the log: nobody reads this response
 	kindUnavailable   = kind{http.StatusServiceUnavailable, "Service unavailable"}
 	kindTimeout       = kind{http.StatusServiceUnavailable, "The request took too long"}
@@ -126,7 +127,7 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	for name, values := range e.header {
 		h[name] = values
 	}
-	if status == http.StatusServiceUnavailable {
+	if status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests {
 		h.Set("Retry-After", "1") // seconds; RFC 9110, section 10.2.3
 	}
 	for _, name := range []string{"ETag", "Location", "Link"} { // of a success that did not come about

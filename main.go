@@ -138,6 +138,7 @@ func newHandler(cfg config, store userStore, h *health, log *slog.Logger) http.H
 	guarded = limitInFlight(cfg.maxInFlight, guarded)
 	guarded = readBody(cfg.maxBodyBytes, api, guarded)
 	guarded = requireReady(h, guarded)
+	guarded = limitRate(cfg.rateLimit, guarded)
 	if !cfg.authOff {
 		guarded = requireAuth(newVerifier(cfg.tokenRules), guarded)
 	}

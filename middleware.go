@@ -22,6 +22,7 @@ import (
 // then, for the API alone, since health must always respond:
 //
 //	requireAuth    before all else, so that a stranger learns and occupies nothing
+//	limitRate      behind requireAuth, which knows whose request it is
 //	requireReady   before more is spent on a request that can't be served
 //	readBody       a client that sends slowly occupies nothing but its connection
 //	limitInFlight  behind readBody, so that only work of the service counts
