@@ -47,7 +47,7 @@ func TestRateLimiter(t *testing.T) {
 				expect("at once", 0)
 				time.Sleep(l.interval - 1)
 				expect("right before the next", 0)
-				time.Sleep(1)
+				time.Sleep(1 * time.Nanosecond)
 				expect("with the next", 1)
 				time.Sleep(5 * l.interval)
 				expect("after five intervals", min(5, 2*rate))
