@@ -57,7 +57,14 @@ type tokenRules struct {
 // A verifier checks tokens. It is safe for concurrent use.
 type verifier struct {
 	tokenRules
+	own *keyring // the keys of the configuration
 	now func() time.Time
+}
+
+// A keyring is the keys of one moment, and what is known of the tokens that they signed.
+// Keys that change make a new keyring, so that the old one's tokens are forgotten with it.
+type keyring struct {
+	keys []key
 
 	// remembered are the claims of opened tokens, by the hash of the token. A client sends
 	// the same one for hours, and to open it takes a tenth of a GET. The rules never change.
@@ -70,7 +77,7 @@ func newVerifier(rules tokenRules) *verifier {
 	if len(rules.keys) == 0 {
 		panic("newVerifier: no keys")
 	}
-	return &verifier{tokenRules: rules, now: time.Now}
+	return &verifier{tokenRules: rules, own: &keyring{keys: rules.keys}, now: time.Now}
 }
 
 // verify returns the claims of a token that is valid now. Its error is always a
@@ -79,31 +86,37 @@ func (v *verifier) verify(token string) (claims, error) {
 	if len(token) > maxTokenBytes {
 		return claims{}, tokenError("The token is longer than 8192 bytes")
 	}
-	hash := sha256.Sum256([]byte(token))
-	known, ok := v.remembered.Load(hash)
+	ring, hash := v.own, sha256.Sum256([]byte(token))
+	known, ok := ring.remembered.Load(hash)
 	if !ok {
-		c, err := v.open(token)
+		c, err := v.open(ring.keys, token)
 		if err != nil {
 			return claims{}, err
 		}
-		if v.opened.Add(1)%maxRemembered == 0 {
-			v.remembered.Clear()
+		if ring.opened.Add(1)%maxRemembered == 0 {
+			ring.remembered.Clear()
 		}
-		v.remembered.Store(hash, c)
+		ring.remembered.Store(hash, c)
 		known = c
 	}
-	c, now := known.(claims), float64(v.now().UnixMicro())/1e6
-	switch {
-	case now >= c.expiry+leeway:
-		return claims{}, tokenError("The token has expired")
-	case now < c.notBefore-leeway || now < c.issuedAt-leeway:
-		return claims{}, tokenError("The token is not valid yet: its nbf or iat is in the future")
-	}
-	return c, nil
+	c := known.(claims)
+	return c, v.checkTime(c)
 }
 
-// open returns the claims of a token whose signature is right, whatever the time.
-func (v *verifier) open(token string) (_ claims, err error) {
+// checkTime returns the error of claims that are not valid now.
+func (v *verifier) checkTime(c claims) error {
+	now := float64(v.now().UnixMicro()) / 1e6
+	switch {
+	case now >= c.expiry+leeway:
+		return tokenError("The token has expired")
+	case now < c.notBefore-leeway || now < c.issuedAt-leeway:
+		return tokenError("The token is not valid yet: its nbf or iat is in the future")
+	}
+	return nil
+}
+
+// open returns the claims of a token that one of the keys signed, whatever the time.
+func (v *verifier) open(keys []key, token string) (_ claims, err error) {
 	parts := strings.SplitN(token, ".", 4) // a fourth is one too many
 	decoded := make([][]byte, len(parts))
 	for i, part := range parts {
@@ -111,7 +124,7 @@ func (v *verifier) open(token string) (_ claims, err error) {
 			return claims{}, tokenError("This is not one token: three parts of unpadded base64url, with dots between them")
 		}
 	}
-	if err := v.checkSignature(decoded[0], []byte(parts[0]+"."+parts[1]), decoded[2]); err != nil {
+	if err := checkSignature(keys, decoded[0], []byte(parts[0]+"."+parts[1]), decoded[2]); err != nil {
 		return claims{}, err
 	}
 	return v.readClaims(decoded[1])
@@ -127,10 +140,16 @@ func decodeBase64(s string) ([]byte, error) {
 	return base64.RawURLEncoding.Strict().DecodeString(s)
 }
 
+// The errors of a token that none of the keys signed; another key may have.
+const (
+	errNoKey     = tokenError("No known key fits the alg and the kid of the token")
+	errSignature = tokenError("The signature of the token is wrong")
+)
+
 // checkSignature looks for a key that made the signature of the input. The header (RFC
 // 7515, section 4.1) only narrows the search: no key has a check for "none", no public one
 // for HS256 (RFC 8725, section 2.1), and none comes from a token (jwk, jku, x5c, x5u).
-func (v *verifier) checkSignature(header, input, signature []byte) error {
+func checkSignature(keys []key, header, input, signature []byte) error {
 	members, err := uniqueMembers(header)
 	algorithm, isText := jsonString(members["alg"])
 	kid, kidIsText := jsonString(members["kid"])
@@ -140,8 +159,8 @@ func (v *verifier) checkSignature(header, input, signature []byte) error {
 	case members["crit"] != nil: // in any form: section 4.1.11 has an empty one refused too
 		return tokenError("The token has a crit, and no extension is understood here")
 	}
-	err = tokenError("No known key fits the alg and the kid of the token")
-	for _, k := range v.keys {
+	err = errNoKey
+	for _, k := range keys {
 		check := k.checks[algorithm]
 		if check == nil || kid != "" && k.id != "" && kid != k.id {
 			continue
@@ -149,7 +168,7 @@ func (v *verifier) checkSignature(header, input, signature []byte) error {
 		if check(input, signature) {
 			return nil
 		}
-		err = tokenError("The signature of the token is wrong")
+		err = errSignature
 	}
 	return err
 }
