@@ -131,7 +131,7 @@ func readKeyFile(path string) (keys []key, ignored []error, err error) {
 // the key counts, neither its dates nor its issuer.
 func parseKeys(data []byte) (keys []key, ignored []error, err error) {
 	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")) {
-		return parseJWKS(data)
+		return parseJWKS(data, false)
 	}
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
 		var k key
@@ -164,8 +164,8 @@ func parseKeys(data []byte) (keys []key, ignored []error, err error) {
 var errForeignKey = errors.New("not a key for signatures that this service knows")
 
 // parseJWKS reads a JSON Web Key Set, or one JSON Web Key by itself (RFC 7517). Its
-// error is that of the first broken key.
-func parseJWKS(data []byte) (keys []key, ignored []error, err error) {
+// error is that of the first broken key, unless broken ones are to be ignored.
+func parseJWKS(data []byte, ignoreBroken bool) (keys []key, ignored []error, err error) {
 	var elements []json.RawMessage
 	if err := readFields(data, map[string]any{"keys": &elements}); err != nil {
 		return nil, nil, fmt.Errorf("not a JSON Web Key Set: %w", err)
@@ -178,7 +178,7 @@ func parseJWKS(data []byte) (keys []key, ignored []error, err error) {
 		switch {
 		case err == nil:
 			keys = append(keys, k)
-		case errors.Is(err, errForeignKey):
+		case ignoreBroken || errors.Is(err, errForeignKey):
 			ignored = append(ignored, fmt.Errorf("key %d: %w", i+1, err))
 		default:
 			return nil, nil, fmt.Errorf("key %d: %w", i+1, err)
