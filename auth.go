@@ -57,8 +57,9 @@ type tokenRules struct {
 // A verifier checks tokens. It is safe for concurrent use.
 type verifier struct {
 	tokenRules
-	own *keyring // the keys of the configuration
-	now func() time.Time
+	own    *keyring // the keys of the configuration
+	keySet *keySet  // of an identity provider; nil when none is configured
+	now    func() time.Time
 }
 
 // A keyring is the keys of one moment, and what is known of the tokens that they signed.
@@ -72,12 +73,21 @@ type keyring struct {
 	opened     atomic.Int64 // tokens; remembered is cleared at each maxRemembered
 }
 
-// newVerifier returns a verifier of these rules. It panics without a key.
-func newVerifier(rules tokenRules) *verifier {
-	if len(rules.keys) == 0 {
+// newVerifier returns a verifier of these rules, which takes the keys of the set, too, unless
+// it is nil. It panics without any key.
+func newVerifier(rules tokenRules, set *keySet) *verifier {
+	if len(rules.keys) == 0 && set == nil {
 		panic("newVerifier: no keys")
 	}
-	return &verifier{tokenRules: rules, own: &keyring{keys: rules.keys}, now: time.Now}
+	return &verifier{tokenRules: rules, own: &keyring{keys: rules.keys}, keySet: set, now: time.Now}
+}
+
+// keyring returns the keys of now.
+func (v *verifier) keyring() *keyring {
+	if v.keySet != nil {
+		return v.keySet.keyring.Load()
+	}
+	return v.own
 }
 
 // verify returns the claims of a token that is valid now. Its error is always a
@@ -86,7 +96,7 @@ func (v *verifier) verify(token string) (claims, error) {
 	if len(token) > maxTokenBytes {
 		return claims{}, tokenError("The token is longer than 8192 bytes")
 	}
-	ring, hash := v.own, sha256.Sum256([]byte(token))
+	ring, hash := v.keyring(), sha256.Sum256([]byte(token))
 	known, ok := ring.remembered.Load(hash)
 	if !ok {
 		c, err := v.open(ring.keys, token)
@@ -272,9 +282,11 @@ func requireAuth(v *verifier, next http.Handler) http.Handler {
 		if token == "" { // RFC 6750, section 3.1: no error code where no token was sent
 			return refusal(kindUnauthorized, "Missing bearer token", "")
 		}
-		c, err := v.verify(token)
-		if err != nil {
+		c, err := v.verifyWaiting(r.Context(), token)
+		if _, ok := err.(tokenError); ok {
 			return refusal(kindUnauthorized, err.Error(), fmt.Sprintf(`, error="invalid_token", error_description="%v"`, err))
+		} else if err != nil {
+			return err
 		}
 		infoFrom(r.Context()).caller = c.caller
 		scope, allowed := v.writeScope, c.mayWrite
@@ -337,7 +349,7 @@ func printToken(args []string, getenv func(string) string, stdout, stderr io.Wri
 	if getenv, err = withDotenv(getenv, dotenvFile, stderr); err != nil {
 		return usageError(err.Error())
 	}
-	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_SECRET_FILE", "JWT_ISSUER", "JWT_AUDIENCE",
+	cfg, err := loadSome(getenv, "JWT_SECRET", "JWT_SECRET_FILE", "JWT_JWKS_URL", "JWT_ISSUER", "JWT_AUDIENCE",
 		"JWT_READ_SCOPE", "JWT_WRITE_SCOPE", "JWT_UNSCOPED")
 	switch {
 	case err != nil:

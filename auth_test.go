@@ -157,7 +157,7 @@ func rulesOf(issuer, audience string, keys ...key) tokenRules {
 
 // fixedVerifier is a verifier on whose clock it is always tokenNow.
 func fixedVerifier(issuer, audience string, keys ...key) *verifier {
-	v := newVerifier(rulesOf(issuer, audience, keys...))
+	v := newVerifier(rulesOf(issuer, audience, keys...), nil)
 	v.now = func() time.Time { return tokenNow }
 	return v
 }
@@ -246,7 +246,7 @@ func TestRFCExamples(t *testing.T) {
 				}
 				signature[i] ^= 1
 			}
-			v := newVerifier(rulesOf("", "", tt.key))
+			v := newVerifier(rulesOf("", "", tt.key), nil)
 			v.now = func() time.Time { return time.Unix(rfcExpiry-1, 0) }
 			want := error(nil)
 			if !tt.claims {
@@ -944,7 +944,7 @@ func TestNewVerifierNeedsAKey(t *testing.T) {
 			t.Error("a verifier without keys")
 		}
 	}()
-	newVerifier(rulesOf("", ""))
+	newVerifier(rulesOf("", ""), nil)
 }
 
 // keyFileTests are what a key file may hold; FuzzKeyFile starts from them.
@@ -1143,9 +1143,9 @@ func FuzzToken(f *testing.F) {
 	f.Add(`{"alg":"HS256","kid":"a","crit":[]}`)
 	f.Add(`{"exp":1e999,"nbf":null,"iat":-1,"iss":"me","aud":["users",1],"sub":"a\u0062","scope":"a b","scp":["a"],"permissions":"c","roles":["d",1]}`)
 	keys := []key{mustSecret(f, secret), mustJWK(f, rfcKeyRSA), mustJWK(f, rfcKeyP256), mustJWK(f, rfcKeyP521), mustJWK(f, rfcKeyEd25519)}
-	v := newVerifier(rulesOf("", "", keys...))
+	v := newVerifier(rulesOf("", "", keys...), nil)
 	v.now = func() time.Time { return now }
-	strict := newVerifier(rulesOf("me", "users", keys...))
+	strict := newVerifier(rulesOf("me", "users", keys...), nil)
 	strict.now = v.now
 
 	f.Fuzz(func(t *testing.T, text string) {
@@ -1173,7 +1173,7 @@ func FuzzScopes(f *testing.F) {
 		`[["users:read"]]`, `{"users:read":1}`, `null`, `"users:read "`, `"users\u003aread"`, `["users:read" ]`, `[]`} {
 		f.Add(seed)
 	}
-	v := newVerifier(rulesOf("", "", mustSecret(f, tokenSecret)))
+	v := newVerifier(rulesOf("", "", mustSecret(f, tokenSecret)), nil)
 	f.Fuzz(func(t *testing.T, value string) {
 		var decoded any
 		if json.Unmarshal([]byte(value), &decoded) != nil {

@@ -29,7 +29,8 @@ type config struct {
 
 	authOff    bool   // the API is open to everyone
 	jwtSecret  []byte // signs what "rollcall token" prints; nil when there is none
-	tokenRules        // what a token must have; at least one key unless authOff
+	jwksURL    string // the key set of an identity provider; empty when there is none
+	tokenRules        // what a token must have; at least one key unless authOff or with a jwksURL
 
 	corsOrigins []string // which origins may call from a browser; nil means every one
 
@@ -71,12 +72,12 @@ func (c *config) variables() []variable {
 		{"JWT_SECRET", "", "secret of HS256, HS384 and HS512 tokens, at least 32 bytes", c.setSecret},
 		{"JWT_SECRET_FILE", "", "file that holds JWT_SECRET, instead of it", fromFile(c.setSecret)},
 		{"JWT_PUBLIC_KEY_FILE", "", "public keys of RSA, ECDSA and Ed25519 tokens, PEM or JWKS", c.setKeyFile},
-		{"JWT_JWKS_URL", "", "not in this version: key set of an identity provider", unsupported},
-		{"JWT_ISSUER", "", "issuer that a token must name; unset, any will do", parsed(&c.issuer, asGiven)},
-		{"JWT_AUDIENCE", "", "audience that a token must name; unset, any will do", parsed(&c.audience, asGiven)},
+		{"JWT_JWKS_URL", "", "key set of an identity provider: https://id.example/keys", c.setKeySetURL},
+		{"JWT_ISSUER", "", "issuer that a token must name; unset or *, any will do", parsed(&c.issuer, valueOrAny)},
+		{"JWT_AUDIENCE", "", "audience that a token must name; unset or *, any will do", parsed(&c.audience, valueOrAny)},
 		{"JWT_READ_SCOPE", "users:read", "scope that a token must have to read", parsed(&c.readScope, parseScope)},
 		{"JWT_WRITE_SCOPE", "users:write", "scope that a token must have to change", parsed(&c.writeScope, parseScope)},
-		{"JWT_UNSCOPED", "allow", "allow or deny tokens without any claim of scopes",
+		{"JWT_UNSCOPED", "", "allow or deny tokens without scopes (deny with JWT_JWKS_URL)",
 			choice(&c.denyUnscoped, map[string]bool{"allow": false, "deny": true})},
 		{"CORS_ORIGINS", "*", "origins of browsers that may call, comma-separated; * for all", parsed(&c.corsOrigins, parseOrigins)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", choice(&c.logLevel, logLevels)},
@@ -117,7 +118,14 @@ func loadConfig(getenv func(string) string, dev bool) (config, error) {
 	}
 	publicKeys := cmp.Or(getenv("JWT_PUBLIC_KEY_FILE"), getenv("JWT_JWKS_URL"))
 	if !dev && !c.authOff && !isSet(getenv, "JWT_SECRET") && publicKeys == "" {
-		refuse("AUTH", `"jwt" needs a key; set JWT_SECRET or JWT_PUBLIC_KEY_FILE, or AUTH=off to open the API to everyone`)
+		refuse("AUTH", `"jwt" needs a key; set JWT_SECRET, JWT_PUBLIC_KEY_FILE or JWT_JWKS_URL, `+
+			`or AUTH=off to open the API to everyone`)
+	}
+	for _, name := range []string{"JWT_ISSUER", "JWT_AUDIENCE"} {
+		if !c.authOff && getenv("JWT_JWKS_URL") != "" && getenv(name) == "" {
+			refuse(name, "not set; with JWT_JWKS_URL it has to be, since others may share the key set: "+
+				"what a token must name, or * for any")
+		}
 	}
 	if c.tlsCertFile != "" || c.tlsKeyFile != "" {
 		if _, err := tls.LoadX509KeyPair(c.tlsCertFile, c.tlsKeyFile); err != nil {
@@ -256,6 +264,14 @@ func (c *config) setKeyFile(path string) error {
 	return nil
 }
 
+// setKeySetURL sets the key set of an identity provider. Its tokens for other services are
+// signed with the same keys: so one without scopes may do nothing, unless JWT_UNSCOPED says so.
+func (c *config) setKeySetURL(value string) (err error) {
+	c.jwksURL, err = parseKeySetURL(value)
+	c.denyUnscoped = true
+	return err
+}
+
 // unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
 func unsupported(string) error {
 	return errors.New("is for a later version of rollcall: leave it unset")
@@ -272,6 +288,14 @@ func parseScope(value string) (string, error) {
 }
 
 func asGiven(value string) (string, error) { return value, nil }
+
+// valueOrAny returns the value, or nothing for "*".
+func valueOrAny(value string) (string, error) {
+	if value == "*" {
+		return "", nil
+	}
+	return value, nil
+}
 
 // parsed returns a function that stores what parse returns.
 func parsed[T any](field *T, parse func(string) (T, error)) func(string) error {

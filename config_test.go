@@ -82,6 +82,8 @@ func TestConfigTakes(t *testing.T) {
 		{"DATABASE_URL=\nDATABASE_URL_FILE=" + secretFile(soundURL+"\n"), func(c config) any { return c.database.Password }, "hunter2"},
 		{"JWT_ISSUER=", func(c config) any { return c.issuer }, ""},
 		{"JWT_ISSUER=https://id.example/", func(c config) any { return c.issuer }, "https://id.example/"},
+		{"JWT_ISSUER=*", func(c config) any { return c.issuer }, ""},
+		{"JWT_AUDIENCE=*", func(c config) any { return c.audience }, ""},
 		{"JWT_AUDIENCE=rollcall", func(c config) any { return c.audience }, "rollcall"},
 
 		{"JWT_READ_SCOPE=", func(c config) any { return c.readScope }, "users:read"},
@@ -159,6 +161,13 @@ func TestConfigTakes(t *testing.T) {
 	if _, err := loadConfig(getenvOf("JWT_SECRET=", "JWT_PUBLIC_KEY_FILE="+keyFile), false); err != nil {
 		t.Errorf("a public key without a secret: %v", err)
 	}
+	const keySet = "https://id.example/keys"
+	if c, err := loadConfig(getenvOf("JWT_SECRET=", "JWT_JWKS_URL="+keySet, "JWT_ISSUER=*", "JWT_AUDIENCE=users"), false); err != nil || c.jwksURL != keySet {
+		t.Errorf("a key set without a secret: got %q, %v", c.jwksURL, err)
+	}
+	if _, err := loadConfig(getenvOf("AUTH=off", "JWT_JWKS_URL="+keySet), false); err != nil {
+		t.Errorf("AUTH=off with a key set: %v", err)
+	}
 }
 
 func addressOf(c config) any { return c.listenAddr() }
@@ -218,7 +227,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"PORT=" + strings.Repeat("9", 1000), `PORT: "` + strings.Repeat("9", 80) + `"` + port},
 
 		{"AUTH=none", `AUTH: "none" is not one of jwt, off`},
-		{"JWT_SECRET=", `AUTH: "jwt" needs a key; set JWT_SECRET or JWT_PUBLIC_KEY_FILE, or AUTH=off to open the API to everyone`},
+		{"JWT_SECRET=", `AUTH: "jwt" needs a key; set JWT_SECRET, JWT_PUBLIC_KEY_FILE or JWT_JWKS_URL, or AUTH=off to open the API to everyone`},
 		{"JWT_SECRET=hunter2", "JWT_SECRET: "},
 		{"JWT_SECRET=hunter2\nAUTH=off", "JWT_SECRET: "},
 		{"JWT_SECRET_FILE=" + soundFile, fmt.Sprintf("JWT_SECRET_FILE: %.80q is set beside JWT_SECRET: leave one of them out", soundFile)},
@@ -234,7 +243,9 @@ func TestConfigRefuses(t *testing.T) {
 		{"DATABASE_URL=\nDATABASE_URL_FILE=" + wrongURL, fmt.Sprintf("DATABASE_URL_FILE: %.80q is a file with a bad value: not shown, for it may hold", wrongURL)},
 		{"JWT_PUBLIC_KEY_FILE=" + missing, fmt.Sprintf("JWT_PUBLIC_KEY_FILE: %.80q is no file of public keys: ", missing)},
 		{"JWT_PUBLIC_KEY_FILE=" + missing + "\nJWT_SECRET=", fmt.Sprintf("JWT_PUBLIC_KEY_FILE: %.80q is no", missing)},
-		{"JWT_JWKS_URL=https://id.example/keys", `JWT_JWKS_URL: "https://id.example/keys"` + later},
+		{"JWT_JWKS_URL=http://id.example/keys\nJWT_ISSUER=*\nJWT_AUDIENCE=*", `JWT_JWKS_URL: "http://id.example/keys" is not https; http is for loopback addresses alone`},
+		{"JWT_JWKS_URL=https://id.example/keys\nJWT_AUDIENCE=users", `JWT_ISSUER: not set; with JWT_JWKS_URL it has to be`},
+		{"JWT_JWKS_URL=https://id.example/keys\nJWT_ISSUER=*", `JWT_AUDIENCE: not set; with JWT_JWKS_URL it has to be`},
 		{"ADMIN_ADDR=:9090", `ADMIN_ADDR: ":9090"` + later},
 
 		{"JWT_READ_SCOPE=users:read users:write", `JWT_READ_SCOPE: "users:read users:write" is not one scope: 1 to 255 characters`},
@@ -319,6 +330,7 @@ func TestConfigReportsAllMistakesAtOnce(t *testing.T) {
 	var want []string
 	for _, v := range new(config).variables() {
 		if v.name == "JWT_ISSUER" || v.name == "JWT_AUDIENCE" {
+			env[v.name] = "anything" // JWT_JWKS_URL asks for them
 			continue
 		}
 		env[v.name] = "no such\nthing"
@@ -395,7 +407,7 @@ func TestVariablesHelp(t *testing.T) {
 		"DATABASE_URL": "-", "DATABASE_URL_FILE": "-", "HOST": "0.0.0.0", "PORT": "3000", "AUTH": "jwt", "JWT_SECRET": "-",
 		"JWT_SECRET_FILE": "-", "JWT_PUBLIC_KEY_FILE": "-",
 		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "JWT_READ_SCOPE": "users:read", "JWT_WRITE_SCOPE": "users:write",
-		"JWT_UNSCOPED": "allow", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
+		"JWT_UNSCOPED": "-", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
 		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s", "DRAIN_DELAY": "0s",
 		"MAX_BODY_BYTES": "65536", "MAX_IN_FLIGHT": "1024", "RATE_LIMIT": "-", "ADMIN_ADDR": "-", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
 	} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -26,7 +27,7 @@ func configure(ctx context.Context, dev bool, getenv func(string) string, stderr
 	if cfg, err = loadConfig(getenv, dev); err != nil {
 		return cfg, nil, usageError(err.Error())
 	}
-	if dev && !isSet(getenv, "JWT_SECRET") && getenv("JWT_PUBLIC_KEY_FILE") == "" {
+	if dev && !isSet(getenv, "JWT_SECRET") && cmp.Or(getenv("JWT_PUBLIC_KEY_FILE"), getenv("JWT_JWKS_URL")) == "" {
 		secret, err := devSecret(devDir)
 		if err != nil {
 			return cfg, nil, err
@@ -81,7 +82,7 @@ func printQuickstart(w io.Writer, cfg config, addr net.Addr) {
 	switch {
 	case cfg.authOff:
 	case cfg.jwtSecret == nil:
-		fmt.Fprintln(w, "\nThe calls take a token signed with a key of JWT_PUBLIC_KEY_FILE.")
+		fmt.Fprintln(w, "\nThe calls take a token signed with a key of JWT_PUBLIC_KEY_FILE or JWT_JWKS_URL.")
 		curl += ` -H "Authorization: Bearer $TOKEN"`
 	default:
 		token := cfg.mintToken(grant{subject: "dev", ttl: 24 * time.Hour})

@@ -13,12 +13,13 @@ import (
 // health answers whether this process is to live on, and to get requests.
 type health struct {
 	ping     func(context.Context) error // PostgreSQL
+	keySet   *keySet                     // nil when none is configured
 	started  chan struct{}               // closed when requests can be served
 	draining *atomic.Bool                // the service stops
 }
 
-func newHealth(ping func(context.Context) error, draining *atomic.Bool) *health {
-	return &health{ping: ping, started: make(chan struct{}), draining: draining}
+func newHealth(ping func(context.Context) error, set *keySet, draining *atomic.Bool) *health {
+	return &health{ping: ping, keySet: set, started: make(chan struct{}), draining: draining}
 }
 
 var errStarting = &apiError{kind: kindUnavailable, message: "The service is starting"}
@@ -50,6 +51,9 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 		return &apiError{kind: kindUnavailable, message: "The service is stopping"}
 	case !h.isStarted():
 		return errStarting
+	}
+	if err := h.keySet.missing(); err != nil {
+		return &apiError{kind: kindUnavailable, message: "The key set of the identity provider (JWT_JWKS_URL) is not available", cause: err}
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
 	defer cancel()

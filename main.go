@@ -113,7 +113,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 
 // newHandler is the whole service on one screen: its routes, and what wraps
 // them (middleware.go says why in this order).
-func newHandler(cfg config, store userStore, h *health, log *slog.Logger) http.Handler {
+func newHandler(cfg config, store userStore, set *keySet, h *health, log *slog.Logger) http.Handler {
 	u := &users{store}
 
 	api := http.NewServeMux() // behind a token, unless AUTH=off
@@ -140,7 +140,7 @@ func newHandler(cfg config, store userStore, h *health, log *slog.Logger) http.H
 	guarded = requireReady(h, guarded)
 	guarded = limitRate(cfg.rateLimit, guarded)
 	if !cfg.authOff {
-		guarded = requireAuth(newVerifier(cfg.tokenRules), guarded)
+		guarded = requireAuth(newVerifier(cfg.tokenRules, set), guarded)
 	}
 
 	root := cors(cfg.corsOrigins, split("/api/", guarded, exactPath(open)))
@@ -178,6 +178,7 @@ type rollcall struct {
 	cfg    config
 	log    *slog.Logger
 	store  *pgStore
+	keySet *keySet // nil when none is configured
 	health *health
 	server *server
 }
@@ -188,9 +189,10 @@ func newRollcall(cfg config, log *slog.Logger) *rollcall {
 	store := openStore(cfg, log)
 	users := exactlyOnce(coalesce(store, store, cfg.dbMaxConns), store)
 	srv := newServer(cfg, log)
-	health := newHealth(store.ping, &srv.draining)
-	srv.Handler = watchClient(newHandler(cfg, users, health, log))
-	return &rollcall{cfg, log, store, health, srv}
+	set := newKeySet(cfg, log)
+	health := newHealth(store.ping, set, &srv.draining)
+	srv.Handler = watchClient(newHandler(cfg, users, set, health, log))
+	return &rollcall{cfg, log, store, set, health, srv}
 }
 
 // serve runs the service until ctx ends, then lets the requests finish.
@@ -223,6 +225,9 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	log.Info("listening", "address", listener.Addr().String(), "socket", manager.socket(), "tls", cfg.tlsCertFile != "", "version", buildVersion())
 	manager.notify(log, "STATUS=looking for PostgreSQL")
 
+	fetching, stopFetching := context.WithCancel(context.Background()) // for requests to the last
+	defer stopFetching()
+	go r.keySet.refresh(fetching)
 	failed := make(chan error, 2)
 	go r.start(ctx, failed, func() {
 		manager.notify(log, "READY=1", "STATUS=serving on "+listener.Addr().String())

@@ -398,7 +398,7 @@ func TestHealthcheck(t *testing.T) {
 	}
 	var draining atomic.Bool
 	draining.Store(true)
-	h := newHealth(nil, &draining)
+	h := newHealth(nil, nil, &draining)
 	if err := h.ready(nil, nil); err == nil || asAPIError(err).kind != kindUnavailable || err.Error() != "The service is stopping" {
 		t.Errorf("readiness while draining: %v", err)
 	}

@@ -109,9 +109,9 @@ func newOffline(t testing.TB, env ...string) (*service, *health) {
 	}
 	buffer := new(syncBuffer)
 	log := newLogger(cfg, buffer)
-	h := newHealth(func(context.Context) error { return errors.New("there is no database") }, new(atomic.Bool))
+	h := newHealth(func(context.Context) error { return errors.New("there is no database") }, nil, new(atomic.Bool))
 	checkLeaks(t)
-	server := httptest.NewServer(newHandler(cfg, nil, h, log))
+	server := httptest.NewServer(newHandler(cfg, nil, nil, h, log))
 	t.Cleanup(server.Close)
 	return &service{t: t, url: server.URL, log: buffer}, h
 }
