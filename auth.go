@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -240,6 +241,24 @@ func arrayStrings(value []byte) (all []string) {
 		all = append(all, *s)
 	}
 	return all
+}
+
+// scopeForm matches one scope (RFC 6749, section 3.3): it fits between the quotes of a challenge.
+var scopeForm = regexp.MustCompile(`^[!#-\[\]-~]{1,255}$`)
+
+func parseScope(value string) (string, error) {
+	if !scopeForm.MatchString(value) {
+		return "", errors.New(`is not one scope: 1 to 255 characters of ASCII, without spaces, " and \`)
+	}
+	return value, nil
+}
+
+// valueOrAny returns the value, or nothing for "*".
+func valueOrAny(value string) (string, error) {
+	if value == "*" {
+		return "", nil
+	}
+	return value, nil
 }
 
 // mintToken returns a token for the service of this configuration, which has a secret. Without

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -216,42 +215,6 @@ func (c *config) setSecret(value string) error {
 	return err
 }
 
-var lineBreak = regexp.MustCompile(`\r?\n\z`)
-
-// fromFile returns a function that takes the path of a file for what the file holds, without one line break at its end:
-// editors and echo leave one there.
-func fromFile(set func(value string) error) func(path string) error {
-	return func(path string) error {
-		data, err := readSmallFile(path)
-		if err != nil {
-			return fmt.Errorf("can't be read: %w", err)
-		}
-		value := lineBreak.ReplaceAllString(string(data), "")
-		if value == "" {
-			return errors.New("is an empty file")
-		}
-		if err := set(value); err != nil {
-			return fmt.Errorf("is a file with a bad value: %w", err)
-		}
-		return nil
-	}
-}
-
-const maxSmallFile = 1 << 20 // bytes: a page of text has less, and what is larger got its name by mistake
-
-// readSmallFile reads a regular file of at most maxSmallFile bytes. Opening a pipe would wait for its writer, perhaps for
-// ever.
-func readSmallFile(path string) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxSmallFile) {
-		err = fmt.Errorf("expected a regular file of at most %d bytes", maxSmallFile)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return os.ReadFile(path)
-}
-
 func (c *config) setKeyFile(path string) error {
 	keys, ignored, err := readKeyFile(path)
 	if err != nil {
@@ -264,38 +227,12 @@ func (c *config) setKeyFile(path string) error {
 	return nil
 }
 
-// setKeySetURL sets the key set of an identity provider. Its tokens for other services are
-// signed with the same keys: so one without scopes may do nothing, unless JWT_UNSCOPED says so.
-func (c *config) setKeySetURL(value string) (err error) {
-	c.jwksURL, err = parseKeySetURL(value)
-	c.denyUnscoped = true
-	return err
-}
-
 // unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
 func unsupported(string) error {
 	return errors.New("is for a later version of rollcall: leave it unset")
 }
 
-// scopeForm matches one scope (RFC 6749, section 3.3): it fits between the quotes of a challenge.
-var scopeForm = regexp.MustCompile(`^[!#-\[\]-~]{1,255}$`)
-
-func parseScope(value string) (string, error) {
-	if !scopeForm.MatchString(value) {
-		return "", errors.New(`is not one scope: 1 to 255 characters of ASCII, without spaces, " and \`)
-	}
-	return value, nil
-}
-
 func asGiven(value string) (string, error) { return value, nil }
-
-// valueOrAny returns the value, or nothing for "*".
-func valueOrAny(value string) (string, error) {
-	if value == "*" {
-		return "", nil
-	}
-	return value, nil
-}
 
 // parsed returns a function that stores what parse returns.
 func parsed[T any](field *T, parse func(string) (T, error)) func(string) error {

@@ -129,3 +129,39 @@ func readStatement(text string) (name, value, rest, mistake string) {
 	}
 	return m[1], value, rest, ""
 }
+
+var lineBreak = regexp.MustCompile(`\r?\n\z`)
+
+// fromFile returns a function that takes the path of a file for what the file holds, without one line break at its end:
+// editors and echo leave one there.
+func fromFile(set func(value string) error) func(path string) error {
+	return func(path string) error {
+		data, err := readSmallFile(path)
+		if err != nil {
+			return fmt.Errorf("can't be read: %w", err)
+		}
+		value := lineBreak.ReplaceAllString(string(data), "")
+		if value == "" {
+			return errors.New("is an empty file")
+		}
+		if err := set(value); err != nil {
+			return fmt.Errorf("is a file with a bad value: %w", err)
+		}
+		return nil
+	}
+}
+
+const maxSmallFile = 1 << 20 // bytes: a page of text has less, and what is larger got its name by mistake
+
+// readSmallFile reads a regular file of at most maxSmallFile bytes. Opening a pipe would wait for its writer, perhaps for
+// ever.
+func readSmallFile(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxSmallFile) {
+		err = fmt.Errorf("expected a regular file of at most %d bytes", maxSmallFile)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return os.ReadFile(path)
+}

@@ -274,3 +274,11 @@ func parseKeySetURL(value string) (string, error) {
 	}
 	return value, nil
 }
+
+// setKeySetURL sets the key set of an identity provider. Its tokens for other services are
+// signed with the same keys: so one without scopes may do nothing, unless JWT_UNSCOPED says so.
+func (c *config) setKeySetURL(value string) (err error) {
+	c.jwksURL, err = parseKeySetURL(value)
+	c.denyUnscoped = true
+	return err
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/binary"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -164,6 +166,15 @@ func newPage(users []user, limit int64) *page {
 		return append(b, ']')
 	})
 	return p
+}
+
+// sortByIDs sorts users in the order of ids. Of an id that is there twice, the first counts.
+func sortByIDs(users []user, ids []string) {
+	place := make(map[string]int, len(ids))
+	for i, id := range slices.Backward(ids) {
+		place[id] = i
+	}
+	slices.SortFunc(users, func(a, b user) int { return cmp.Compare(place[a.ID], place[b.ID]) })
 }
 
 // deepOffset is from which offset on a list is deep: PostgreSQL takes 0.1 ms or more to

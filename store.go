@@ -159,15 +159,6 @@ func (s *pgStore) list(ctx context.Context, q listQuery) (*page, error) {
 	return newPage(users, q.limit), err
 }
 
-// sortByIDs sorts users in the order of ids. Of an id that is there twice, the first counts.
-func sortByIDs(users []user, ids []string) {
-	place := make(map[string]int, len(ids))
-	for i, id := range slices.Backward(ids) {
-		place[id] = i
-	}
-	slices.SortFunc(users, func(a, b user) int { return cmp.Compare(place[a.ID], place[b.ID]) })
-}
-
 func (s *pgStore) update(ctx context.Context, p userPatch) (user, error) {
 	u, err := s.one(ctx, updateUser, p.args(&p.id, p.when.match, p.when.noneMatch)...)
 	if errors.Is(err, errNotFound) {
