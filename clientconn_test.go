@@ -215,7 +215,7 @@ func TestHalfClosedTLS(t *testing.T) {
 	}
 	tx := begin(t, s.db, "LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
 	waits, leaves := create(20), create(21)
-	time.Sleep(5 * checkInterval)
+	time.Sleep(5 * checkInterval) // a response that takes long is what is tested, so there is nothing to wait for
 	leaves.Close()
 	findLine(t, s, func(line map[string]any) bool { return line["status"] == 499.0 })
 	tx.Rollback()
