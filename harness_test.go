@@ -196,11 +196,6 @@ func underObserve(h http.Handler) http.Handler {
 	return observe(slog.New(slog.DiscardHandler), new(atomic.Bool), patience, h)
 }
 
-// allPosts are the routes of a [readBody] that reads the body of every POST.
-var allPosts = http.NewServeMux()
-
-func init() { allPosts.Handle("POST /", http.NotFoundHandler()) }
-
 // A service is a running rollcall.
 type service struct {
 	t    testing.TB

@@ -148,12 +148,10 @@ func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) 
 	if r.ContentLength > max {
 		return nil, tooLarge
 	}
-	// The deadline of a context does not end a Read that waits for a slow client. It
-	// is lifted when all is there: it would end the read by which net/http notices a
-	// client that leaves.
-	control := http.NewResponseController(w)
-	deadline, _ := r.Context().Deadline() // zero if there is none, which lifts the deadline
-	control.SetReadDeadline(deadline)
+	// The deadline of a context does not end a Read that waits for a slow client. net/http
+	// lifts this one at the end of the body.
+	deadline, _ := r.Context().Deadline() // zero if there is none
+	http.NewResponseController(w).SetReadDeadline(deadline)
 	body, err := io.ReadAll(io.LimitReader(r.Body, max+1))
 	switch {
 	case int64(len(body)) > max:
@@ -165,7 +163,6 @@ func readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) 
 	case err != nil:
 		return nil, &apiError{kind: kindMalformed, message: "The body could not be read", cause: err}
 	}
-	control.SetReadDeadline(time.Time{})
 	infoFrom(r.Context()).bodyRead = true
 	if len(body) == 0 {
 		return nil, &apiError{kind: kindMalformed, message: "The body is empty: a JSON object is expected"}

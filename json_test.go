@@ -345,7 +345,7 @@ func TestBodyMediaType(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", strings.NewReader("{}"))
 			r.Header["Content-Type"] = tt.contentType
 			w := httptest.NewRecorder()
-			underObserve(readBody(64, allPosts, handlerFunc(bodyHandler))).ServeHTTP(w, r)
+			underObserve(readBody(64, handlerFunc(bodyHandler))).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}
@@ -380,7 +380,7 @@ func TestBodyContentEncoding(t *testing.T) {
 			r.Header.Set("Content-Type", "application/json")
 			r.Header["Content-Encoding"] = tt.coding
 			w := httptest.NewRecorder()
-			underObserve(readBody(64, allPosts, handlerFunc(bodyHandler))).ServeHTTP(w, r)
+			underObserve(readBody(64, handlerFunc(bodyHandler))).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}
@@ -421,7 +421,7 @@ func TestReadBody(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", tt.body)
 			r.Header.Set("Content-Type", "application/json")
 			w := httptest.NewRecorder()
-			underObserve(readBody(64, allPosts, handlerFunc(bodyHandler))).ServeHTTP(w, r)
+			underObserve(readBody(64, handlerFunc(bodyHandler))).ServeHTTP(w, r)
 			if w.Code != tt.want {
 				t.Fatalf("%d %s; want %d", w.Code, w.Body, tt.want)
 			}

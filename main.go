@@ -115,14 +115,17 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 // them (middleware.go says why in this order).
 func newHandler(cfg config, store userStore, set *keySet, h *health, log *slog.Logger) http.Handler {
 	u := &users{store}
+	inFlight := make(chan struct{}, cfg.maxInFlight)
+	admit := func(h handlerFunc) http.Handler { return limitInFlight(inFlight, compress(h)) }
+	withBody := func(h handlerFunc) http.Handler { return readBody(cfg.maxBodyBytes, admit(h)) }
 
 	api := http.NewServeMux() // behind a token, unless AUTH=off
-	api.Handle("POST   /api/v1/users", handlerFunc(u.create))
-	api.Handle("GET    /api/v1/users", handlerFunc(u.list))
-	api.Handle("GET    /api/v1/users/{id}", handlerFunc(u.get))
-	api.Handle("PUT    /api/v1/users/{id}", handlerFunc(u.update))
-	api.Handle("PATCH  /api/v1/users/{id}", handlerFunc(u.update))
-	api.Handle("DELETE /api/v1/users/{id}", handlerFunc(u.delete))
+	api.Handle("POST   /api/v1/users", withBody(u.create))
+	api.Handle("GET    /api/v1/users", admit(u.list))
+	api.Handle("GET    /api/v1/users/{id}", admit(u.get))
+	api.Handle("PUT    /api/v1/users/{id}", withBody(u.update))
+	api.Handle("PATCH  /api/v1/users/{id}", withBody(u.update))
+	api.Handle("DELETE /api/v1/users/{id}", admit(u.delete))
 	api.Handle("/api/v1/users", otherMethods("GET, HEAD, POST, OPTIONS"))
 	api.Handle("/api/v1/users/{id}", otherMethods("GET, HEAD, PUT, PATCH, DELETE, OPTIONS"))
 	api.Handle("/", handlerFunc(notFound))
@@ -134,10 +137,7 @@ func newHandler(cfg config, store userStore, set *keySet, h *health, log *slog.L
 	open.Handle("/health/ready", otherMethods("GET, HEAD, OPTIONS"))
 	open.Handle("/", handlerFunc(notFound))
 
-	guarded := compress(exactPath(api))
-	guarded = limitInFlight(cfg.maxInFlight, guarded)
-	guarded = readBody(cfg.maxBodyBytes, api, guarded)
-	guarded = requireReady(h, guarded)
+	guarded := requireReady(h, exactPath(api))
 	guarded = limitRate(cfg.rateLimit, guarded)
 	if !cfg.authOff {
 		guarded = requireAuth(newVerifier(cfg.tokenRules, set), guarded)

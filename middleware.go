@@ -9,7 +9,6 @@ import (
 	"path"
 	"runtime/debug"
 	"slices"
-	"strings"
 )
 
 // What wraps every request. Each layer is an http.Handler around the next one, in the
@@ -24,13 +23,16 @@ import (
 //	requireAuth    before all else, so that a stranger learns and occupies nothing
 //	limitRate      behind requireAuth, which knows whose request it is
 //	requireReady   before more is spent on a request that can't be served
+//
+// around each mux:
+//
+//	exactPath      before the mux, which would redirect what this refuses
+//
+// and around the handlers of routes, so that a body that none of them wants is not read:
+//
 //	readBody       a client that sends slowly occupies nothing but its connection
 //	limitInFlight  behind readBody, so that only work of the service counts
 //	compress       sees the responses of the handlers alone
-//
-// and around each mux:
-//
-//	exactPath      before the mux, which would redirect what this refuses
 
 // Values of fields that nearly every response has, in the form in which Header holds
 // them under canonical names: to share them spares each response a few allocations.
@@ -128,29 +130,23 @@ func requireReady(h *health, next http.Handler) http.Handler {
 }
 
 // readBody reads the body of a request, of max bytes at most, before the next layer sees
-// the request. A body that no handler of routes has a use for is left to [observe].
-func readBody(max int64, routes *http.ServeMux, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch r.Method {
-		case http.MethodPost, http.MethodPut, http.MethodPatch:
-			if _, route := routes.Handler(r); !strings.HasPrefix(route, r.Method) {
-				break
-			}
-			body, err := readAll(w, r, max)
-			if err != nil {
-				writeError(w, r, err)
-				return
-			}
-			r.Body = io.NopCloser(bytes.NewReader(body))
+// the request.
+func readBody(max int64, next http.Handler) http.Handler {
+	return handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		body, err := readAll(w, r, max)
+		if err != nil {
+			return err
 		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
 		next.ServeHTTP(w, r)
+		return nil
 	})
 }
 
-// limitInFlight refuses the requests beyond max at a time: at once, which is better than
-// a queue in which all wait until none can be served in time.
-func limitInFlight(max int, next http.Handler) http.Handler {
-	inFlight := make(chan struct{}, max) // a semaphore: send to acquire, receive to release
+// limitInFlight refuses the requests beyond the size of inFlight, a semaphore: send to
+// acquire, receive to release. It does so at once, which is better than a queue in which
+// all wait until none can be served in time.
+func limitInFlight(inFlight chan struct{}, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		select {
 		case inFlight <- struct{}{}:

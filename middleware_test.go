@@ -715,7 +715,7 @@ func TestLayersUnwrap(t *testing.T) {
 	t.Parallel()
 	log := slog.New(slog.DiscardHandler)
 	failed := make(chan error, 1)
-	h := underObserve(recoverPanics(log, cors(nil, readBody(1, allPosts, limitInFlight(1, compress(http.HandlerFunc(
+	h := underObserve(recoverPanics(log, cors(nil, readBody(1, limitInFlight(make(chan struct{}, 1), compress(http.HandlerFunc(
 		func(w http.ResponseWriter, r *http.Request) {
 			control := http.NewResponseController(w)
 			failed <- errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{}))
@@ -754,7 +754,7 @@ func TestLimitInFlight(t *testing.T) {
 	t.Parallel()
 	const most = 3
 	entered, leave := make(chan struct{}), make(chan struct{})
-	h := underObserve(limitInFlight(most, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	h := underObserve(limitInFlight(make(chan struct{}, most), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/wait":
 			entered <- struct{}{}
