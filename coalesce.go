@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -27,15 +26,15 @@ import (
 // There is no added delay. A request that finds no statement under way runs its own at
 // once. Requests that come meanwhile wait; when the statement has ended, the next one
 // takes those that wait by then. The busier it gets, the more requests share a
-// statement. So all reads take turns, and all writes. Two kinds of statements do not keep
-// the next one waiting: a full one, and one that takes longer than maxHold.
+// statement. So all reads take turns, and all writes; but a statement that takes longer
+// than maxHold does not keep the next one waiting.
 //
 // A request that the shared statement leaves out runs a statement of its own, by
 // the store below: because its row is locked, or because the shared statement
 // failed and only one of its requests may be the reason.
 
 const (
-	// maxBatch is the number of requests that make a batch full. By then, the cost of a
+	// maxBatch is how many requests share a statement at most. By then, the cost of a
 	// statement as such is some hundredths of what its requests cost.
 	maxBatch = 24
 	// maxHold is how long a statement keeps the next one waiting: several times what
@@ -54,7 +53,6 @@ type batcher[Q, A any] struct {
 
 	writes bool      // a call that is given up may have been executed
 	turn   semaphore // of the statement that keeps the next one waiting
-	full   semaphore // of full batches, which need no turn
 
 	mu      sync.Mutex
 	waiting []*call[Q, A] // in the order of their arrival
@@ -101,13 +99,6 @@ func (b *batcher[Q, A]) do(ctx context.Context, ask Q) (A, error) {
 	}
 	me := &call[Q, A]{ask: ask, done: make(chan struct{})}
 	b.waiting = append(b.waiting, me)
-	if len(b.waiting) >= maxBatch {
-		select {
-		case b.full <- struct{}{}:
-			go b.runFull(b.take())
-		default:
-		}
-	}
 	b.mu.Unlock()
 
 	select {
@@ -157,11 +148,6 @@ func (b *batcher[Q, A]) runNext() {
 	}
 	b.mu.Unlock()
 	b.run(taken)
-}
-
-func (b *batcher[Q, A]) runFull(taken *batch[Q, A]) {
-	b.run(taken)
-	<-b.full
 }
 
 // take makes a batch of calls that wait.
@@ -224,12 +210,11 @@ type batchedStore struct {
 func coalesce(next userStore, pg *pgStore, conns int) userStore {
 	half := max(1, conns/2)
 	s := &batchedStore{userStore: next, pg: pg, singles: make(semaphore, half), pages: make(semaphore, half)}
-	reads, fullReads := make(semaphore, 1), make(semaphore, max(1, conns/4))
-	writes, fullWrites := make(semaphore, 1), make(semaphore, max(1, conns/4))
-	s.creates = &batcher[newUser, user]{one: next.create, many: s.createMany, writes: true, turn: writes, full: fullWrites}
-	s.updates = &batcher[userPatch, user]{one: next.update, many: s.updateMany, writes: true, turn: writes, full: fullWrites}
-	s.gets = &batcher[string, user]{one: next.get, many: s.getMany, turn: reads, full: fullReads}
-	s.lists = &batcher[listQuery, *page]{one: next.list, many: s.listMany, turn: reads, full: fullReads}
+	reads, writes := make(semaphore, 1), make(semaphore, 1)
+	s.creates = &batcher[newUser, user]{one: next.create, many: s.createMany, writes: true, turn: writes}
+	s.updates = &batcher[userPatch, user]{one: next.update, many: s.updateMany, writes: true, turn: writes}
+	s.gets = &batcher[string, user]{one: next.get, many: s.getMany, turn: reads}
+	s.lists = &batcher[listQuery, *page]{one: next.list, many: s.listMany, turn: reads}
 	return s
 }
 
@@ -303,12 +288,8 @@ var (
 	insertUsers = "WITH new AS (SELECT * FROM unnest($1::uuid[], " + eachField("${n}::text[]", 2) + ") AS new (id, " + inputColumns + ")), " +
 		"taken AS (SELECT new.*, now() AS created_at, now() AS updated_at FROM new " +
 		"JOIN ONLY users AS old ON lower(old.email) = lower(new.email)), " +
-		"written AS (INSERT INTO users (id, " + inputColumns + ") SELECT * FROM new WHERE id NOT IN (SELECT id FROM taken) RETURNING *) " +
+		"written AS (INSERT INTO users (id, " + inputColumns + ") SELECT * FROM new WHERE id NOT IN (SELECT id FROM taken) ON CONFLICT DO NOTHING RETURNING *) " +
 		"SELECT true, " + columns + " FROM written UNION ALL SELECT false, " + columns + " FROM taken"
-
-	// insertUsersOnce is for a batch in which two want the same address. It inserts each row
-	// on trial first, which is one more record in the write-ahead log.
-	insertUsersOnce = strings.Replace(insertUsers, " RETURNING", " ON CONFLICT DO NOTHING RETURNING", 1)
 
 	updateUsers = "WITH change AS (SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], " + eachField("${n}::text[]", 4) + ") " +
 		"AS change (key, match, none_match, " + eachField("new_{name}", 0) + ")), " +
@@ -358,11 +339,7 @@ func (s *batchedStore) listMany(ctx context.Context, calls []*call[listQuery, *p
 }
 
 func (s *batchedStore) createMany(ctx context.Context, calls []*call[newUser, user]) {
-	args := arrays(calls, func(u *newUser) []any { return u.args(&u.id) })
-	found, err := s.write(ctx, insertUsers, args)
-	if isRefused(err) { // because of one of these, or of another statement meanwhile
-		found, err = s.write(ctx, insertUsersOnce, args)
-	}
+	found, err := s.write(ctx, insertUsers, arrays(calls, func(u *newUser) []any { return u.args(&u.id) }))
 	distribute(calls, found, err, func(u newUser) string { return u.id }, func(u newUser, taken batchResult) error {
 		if taken.user.ID == "" || isKeyed(u.id) { // two of the batch want the address; or it repeats an earlier request
 			return errLeftOut

@@ -30,7 +30,7 @@ type statements struct {
 // newBatcher returns a batcher of such statements.
 func newBatcher() (*batcher[int, int], *statements) {
 	s := &statements{asked: make(chan []int, 100), release: make(chan struct{})}
-	return &batcher[int, int]{one: s.one, many: s.many, turn: make(semaphore, 1), full: make(semaphore, 2)}, s
+	return &batcher[int, int]{one: s.one, many: s.many, turn: make(semaphore, 1)}, s
 }
 
 func (s *statements) one(ctx context.Context, n int) (int, error) {
@@ -94,7 +94,7 @@ func wantIdle[Q, A any](t *testing.T, b *batcher[Q, A]) {
 	waitFor(t, "the last batch to end", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		return !b.next && len(b.waiting) == 0 && len(b.turn) == 0 && len(b.full) == 0
+		return !b.next && len(b.waiting) == 0 && len(b.turn) == 0
 	})
 }
 
@@ -212,40 +212,22 @@ func TestBatchThatAllLeave(t *testing.T) {
 	})
 }
 
-// A full batch starts at once, without a turn, where there is room
-// for it. The rest waits for its turn.
+// A batch takes those that came first. The rest waits for its turn.
 func TestFullBatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, s := newBatcher()
 		ask(t, t.Context(), b, 0, nil)
 		wantBegun(t, s, []int{0})
-		var full [3][]int
-		for i := range full {
-			for n := range maxBatch {
-				full[i] = append(full[i], 1000*i+n)
-			}
+		var all []int
+		for n := range maxBatch + 2 {
+			all = append(all, n)
+			ask(t, t.Context(), b, n, nil)
 		}
-		for i, asks := range full {
-			for _, n := range asks[:maxBatch-1] {
-				ask(t, t.Context(), b, n, nil)
-			}
-			wantBegun(t, s)
-			ask(t, t.Context(), b, asks[maxBatch-1], nil)
-			if i < cap(b.full) {
-				wantBegun(t, s, asks)
-			} else {
-				wantBegun(t, s)
-			}
-		}
-		ask(t, t.Context(), b, 9999, nil)
-		s.letGo() // the first of all, which waits the longest: it is the turn of those that wait
-		wantBegun(t, s, full[2])
-		for range 2 {
-			s.letGo()
-			wantBegun(t, s)
-		}
+		wantBegun(t, s)
 		s.letGo()
-		wantBegun(t, s, []int{9999})
+		wantBegun(t, s, all[:maxBatch])
+		s.letGo()
+		wantBegun(t, s, all[maxBatch:])
 		s.letGo()
 		wantIdle(t, b)
 	})
@@ -255,7 +237,7 @@ func TestFullBatch(t *testing.T) {
 func TestBatchersTakeTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, s := newBatcher()
-		b := &batcher[int, int]{one: s.one, many: s.many, turn: a.turn, full: a.full}
+		b := &batcher[int, int]{one: s.one, many: s.many, turn: a.turn}
 		ask(t, t.Context(), a, 1, nil)
 		ask(t, t.Context(), b, 2, nil)
 		ask(t, t.Context(), a, 3, nil)
@@ -275,7 +257,7 @@ func TestBatchPanic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := make(chan bool)
 		b := &batcher[int, int]{
-			turn: make(semaphore, 1), full: make(semaphore, 1),
+			turn: make(semaphore, 1),
 			one:  func(context.Context, int) (int, error) { <-begin; return 0, nil },
 			many: func(context.Context, []*call[int, int]) { <-begin; panic("as the test wants it") },
 		}
@@ -310,8 +292,8 @@ func TestBatchedReadsSeeWrites(t *testing.T) {
 		return seen
 	}
 	reads := &batcher[int, int64]{
-		turn: make(semaphore, 1), full: make(semaphore, 1),
-		one: func(context.Context, int) (int64, error) { return look(), nil },
+		turn: make(semaphore, 1),
+		one:  func(context.Context, int) (int64, error) { return look(), nil },
 		many: func(ctx context.Context, calls []*call[int, int64]) {
 			seen := look()
 			for _, c := range calls {
@@ -345,8 +327,8 @@ func TestBatchedReadsSeeWrites(t *testing.T) {
 func TestBatchStress(t *testing.T) {
 	t.Parallel()
 	b := &batcher[int, int]{
-		turn: make(semaphore, 1), full: make(semaphore, 1),
-		one: func(_ context.Context, n int) (int, error) { return 2 * n, nil },
+		turn: make(semaphore, 1),
+		one:  func(_ context.Context, n int) (int, error) { return 2 * n, nil },
 		many: func(ctx context.Context, calls []*call[int, int]) {
 			for _, c := range calls {
 				c.answer = 2 * c.ask
@@ -620,7 +602,7 @@ func TestCreateManyWithOneKey(t *testing.T) {
 // The indexes serve the statements for many as well.
 func TestPlansOfMany(t *testing.T) {
 	t.Parallel()
-	wantPlans(t, newStore(t), insertUsers, insertUsersOnce, updateUsers)
+	wantPlans(t, newStore(t), insertUsers, updateUsers)
 }
 
 func FuzzArrays(f *testing.F) {
