@@ -1,6 +1,9 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"fmt"
 	"net/http"
 	"regexp"
 	"slices"
@@ -16,6 +19,16 @@ func (u *user) version() string {
 
 // etag is the version as a strong entity tag (RFC 9110, section 8.8.3).
 func (u *user) etag() string { return `"` + u.version() + `"` }
+
+// versionSQL is the SQL counterpart of [user.version].
+const versionSQL = "(extract(epoch FROM LEAST(GREATEST(updated_at, timestamptz '0001-01-01 00:00:00Z'), " + lastUpdate + ")) * 1000000)::bigint::text"
+
+// newUpdate is the updated_at of an update. It is the version, so it moves on even
+// if the clock does not; where there is no later version, it comes back to the clock.
+const (
+	newUpdate  = "GREATEST(now(), CASE WHEN updated_at < " + lastUpdate + " THEN updated_at + interval '1 microsecond' END)"
+	lastUpdate = "timestamptz '9999-12-31 23:59:59.999999Z'"
+)
 
 // preconditions are the If-Match and If-None-Match of a request (RFC 9110,
 // section 13.1): comma-separated versions, nil where the field is absent.
@@ -41,6 +54,13 @@ func (p preconditions) check(u *user) error {
 		return nil
 	}
 	return errPrecondition
+}
+
+// conditionsHold is true, in SQL, of a user in a version that [preconditions]
+// allow, whose fields are the values of the two placeholders.
+func conditionsHold(match, noneMatch string) string {
+	return fmt.Sprintf("(%[2]s::text IS NULL OR %[1]s = ANY (string_to_array(%[2]s, ','))) AND "+
+		"(%[3]s::text IS NULL OR %[3]s <> '*' AND %[1]s <> ALL (string_to_array(%[3]s, ',')))", versionSQL, match, noneMatch)
 }
 
 // parsePreconditions reads the two fields. If-None-Match compares weakly, so W/
@@ -85,4 +105,13 @@ func parseTags(fields []string, weak bool) *string {
 	}
 	list = strings.Join(versions, ",")
 	return &list
+}
+
+// missError returns the error of a write that has changed no user.
+func (s *pgStore) missError(ctx context.Context, id string, when preconditions) error {
+	u, err := s.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	return cmp.Or(when.check(&u), error(errSkipped))
 }

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -202,31 +201,6 @@ func variablesHelp() string {
 	return b.String()
 }
 
-func (c *config) setDatabase(value string) (err error) {
-	var warnings []string
-	c.database, warnings, err = parseDatabaseURL(value)
-	c.warnings = append(c.warnings, warnings...)
-	return err
-}
-
-func (c *config) setSecret(value string) error {
-	k, err := secretKey([]byte(value))
-	c.jwtSecret, c.keys = []byte(value), append(c.keys, k)
-	return err
-}
-
-func (c *config) setKeyFile(path string) error {
-	keys, ignored, err := readKeyFile(path)
-	if err != nil {
-		return fmt.Errorf("is no file of public keys: %w", err)
-	}
-	c.keys = append(c.keys, keys...)
-	for _, err := range ignored {
-		c.warnings = append(c.warnings, "JWT_PUBLIC_KEY_FILE: a key is passed over: "+err.Error())
-	}
-	return nil
-}
-
 // unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
 func unsupported(string) error {
 	return errors.New("is for a later version of rollcall: leave it unset")
@@ -276,23 +250,6 @@ func duration(field *time.Duration, least time.Duration) func(string) error {
 		}
 		return d, nil
 	})
-}
-
-// hostName matches what a name in the DNS is made of; of digits and dots alone, it is an address that is mistyped.
-var hostName = regexp.MustCompile(`^[\w.-]*[A-Za-z_-][\w.-]*$`)
-
-// parseHost returns a host name, or an IP address without the brackets that one of IPv6 may stand in. Whether this machine
-// can listen there, net.Listen finds out.
-func parseHost(v string) (string, error) {
-	host := v
-	if strings.HasPrefix(v, "[") && strings.HasSuffix(v, "]") && strings.Contains(v, ":") {
-		host = v[1 : len(v)-1]
-	}
-	_, err := netip.ParseAddr(host)
-	if err != nil && !hostName.MatchString(host) || strings.ContainsAny(host, "[]") {
-		return "", errors.New("is not an IP address or a host name; no scheme, and the port goes into PORT")
-	}
-	return host, nil
 }
 
 // originForm matches an origin as browsers send it (RFC 6454, section 6.2).

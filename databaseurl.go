@@ -177,3 +177,11 @@ func checkDatabase(cfg *pq.Config) (warnings []string, err error) {
 	}
 	return warnings, nil
 }
+
+// setDatabase sets DATABASE_URL.
+func (c *config) setDatabase(value string) (err error) {
+	var warnings []string
+	c.database, warnings, err = parseDatabaseURL(value)
+	c.warnings = append(c.warnings, warnings...)
+	return err
+}

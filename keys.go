@@ -65,6 +65,13 @@ func secretKey(secret []byte) (key, error) {
 	return k, nil
 }
 
+// setSecret sets JWT_SECRET.
+func (c *config) setSecret(value string) error {
+	k, err := secretKey([]byte(value))
+	c.jwtSecret, c.keys = []byte(value), append(c.keys, k)
+	return err
+}
+
 // errUnsound is the error of a key that no token may be signed with.
 var errUnsound = errors.New("the key is none of RSA (odd modulus of 2048 to 16384 bits, odd exponent from 3 to 2147483647), " +
 	"P-256, P-384, P-521 (a point on the curve) and Ed25519 (32 bytes)")
@@ -125,6 +132,19 @@ func readKeyFile(path string) (keys []key, ignored []error, err error) {
 		return nil, nil, err
 	}
 	return parseKeys(data)
+}
+
+// setKeyFile sets JWT_PUBLIC_KEY_FILE.
+func (c *config) setKeyFile(path string) error {
+	keys, ignored, err := readKeyFile(path)
+	if err != nil {
+		return fmt.Errorf("is no file of public keys: %w", err)
+	}
+	c.keys = append(c.keys, keys...)
+	for _, err := range ignored {
+		c.warnings = append(c.warnings, "JWT_PUBLIC_KEY_FILE: a key is passed over: "+err.Error())
+	}
+	return nil
 }
 
 // parseKeys parses a JSON Web Key Set or PEM blocks (RFC 7468). Of a certificate only

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -40,24 +39,8 @@ func eachField(text string, first int) string {
 	return strings.Join(all, ", ")
 }
 
-// versionSQL is the SQL counterpart of [user.version].
-const versionSQL = "(extract(epoch FROM LEAST(GREATEST(updated_at, timestamptz '0001-01-01 00:00:00Z'), " + lastUpdate + ")) * 1000000)::bigint::text"
-
-// newUpdate is the updated_at of an update. It is the version, so it moves on even
-// if the clock does not; where there is no later version, it comes back to the clock.
-const (
-	newUpdate  = "GREATEST(now(), CASE WHEN updated_at < " + lastUpdate + " THEN updated_at + interval '1 microsecond' END)"
-	lastUpdate = "timestamptz '9999-12-31 23:59:59.999999Z'"
-)
-
-// conditionsHold is true, in SQL, of a user in a version that [preconditions]
-// allow, whose fields are the values of the two placeholders.
-func conditionsHold(match, noneMatch string) string {
-	return fmt.Sprintf("(%[2]s::text IS NULL OR %[1]s = ANY (string_to_array(%[2]s, ','))) AND "+
-		"(%[3]s::text IS NULL OR %[3]s <> '*' AND %[1]s <> ALL (string_to_array(%[3]s, ',')))", versionSQL, match, noneMatch)
-}
-
-// The statements. Each connection prepares them once.
+// The statements. Each connection prepares them once. conditional.go has what versions and
+// preconditions are in SQL.
 var (
 	insertUser  = "INSERT INTO users (id, " + inputColumns + ") VALUES ($1, " + eachField("${n}", 2) + ") RETURNING " + columns
 	selectUser  = "SELECT " + columns + " FROM users WHERE id = $1"
@@ -173,15 +156,6 @@ func (s *pgStore) delete(ctx context.Context, id string, when preconditions) err
 		return s.missError(ctx, id, when)
 	}
 	return err
-}
-
-// missError returns the error of a write that has changed no user.
-func (s *pgStore) missError(ctx context.Context, id string, when preconditions) error {
-	u, err := s.get(ctx, id)
-	if err != nil {
-		return err
-	}
-	return cmp.Or(when.check(&u), error(errSkipped))
 }
 
 // one runs a statement that returns at most one user; none is [errNotFound].

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -66,6 +68,23 @@ func newManager(getenv func(string) string) (m manager, err error) {
 	defer f.Close() // the listener has a copy
 	m.listener, err = net.FileListener(f)
 	return m, err
+}
+
+// hostName matches what a name in the DNS is made of; of digits and dots alone, it is an address that is mistyped.
+var hostName = regexp.MustCompile(`^[\w.-]*[A-Za-z_-][\w.-]*$`)
+
+// parseHost returns a host name, or an IP address without the brackets that one of IPv6 may stand in. Whether this machine
+// can listen there, net.Listen finds out.
+func parseHost(v string) (string, error) {
+	host := v
+	if strings.HasPrefix(v, "[") && strings.HasSuffix(v, "]") && strings.Contains(v, ":") {
+		host = v[1 : len(v)-1]
+	}
+	_, err := netip.ParseAddr(host)
+	if err != nil && !hostName.MatchString(host) || strings.ContainsAny(host, "[]") {
+		return "", errors.New("is not an IP address or a host name; no scheme, and the port goes into PORT")
+	}
+	return host, nil
 }
 
 // listen returns the listener that was passed, or else one of its own. The error is a
