@@ -723,7 +723,7 @@ func TestLayersUnwrap(t *testing.T) {
 	checkLeaks(t)
 	server := httptest.NewServer(h)
 	defer server.Close()
-	(&service{t: t, url: server.URL}).call("GET", "/", "")
+	(&service{t: t, url: server.URL}).call("POST", "/", "1")
 	if err := <-failed; err != nil {
 		t.Error(err)
 	}
