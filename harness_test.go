@@ -196,6 +196,14 @@ func underObserve(h http.Handler) http.Handler {
 	return observe(slog.New(slog.DiscardHandler), new(atomic.Bool), patience, h)
 }
 
+// readPosts returns h with [readBody] around it for POST alone.
+func readPosts(max int64, h http.Handler) http.Handler {
+	routes := http.NewServeMux()
+	routes.Handle("/", h)
+	routes.Handle("POST /", readBody(max, h))
+	return routes
+}
+
 // A service is a running rollcall.
 type service struct {
 	t    testing.TB

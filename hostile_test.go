@@ -540,7 +540,7 @@ func TestPipelined(t *testing.T) {
 func TestReadTimeoutIsForReading(t *testing.T) {
 	t.Parallel()
 	const readTimeout = 100 * time.Millisecond
-	h := readBody(1<<20, handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+	h := readPosts(1<<20, handlerFunc(func(w http.ResponseWriter, r *http.Request) error {
 		select {
 		case <-r.Context().Done():
 			return r.Context().Err()

@@ -131,7 +131,7 @@ func testClientThatLeaves(t *testing.T, secure bool) {
 	log := slog.New(slog.DiscardHandler)
 	s := newServer(config{requestTimeout: patience, dbMaxConns: 1}, log)
 	entered, ended := make(chan *serverConn, 1), make(chan error, 1)
-	s.Handler = watchClient(observe(log, new(atomic.Bool), 2*patience, readBody(10, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+	s.Handler = watchClient(observe(log, new(atomic.Bool), 2*patience, readPosts(10, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		entered <- connFrom(r.Context())
 		<-r.Context().Done()
 		ended <- r.Context().Err()
