@@ -2,7 +2,7 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build bench chaos fuzz clean postgres compiler attackers systemd
+.PHONY: help run test check build bench chaos fuzz clean postgres compiler attackers prometheus systemd
 # What make installs comes from one package manager, which two can't use at once: so
 # make -j, too, does one thing after the other.
 .NOTPARALLEL:
@@ -109,6 +109,9 @@ ATTACKERS = haproxy pgbouncer slowhttptest
 attackers: # what make chaos breaks and attacks with; make test skips what it lacks
 	@(PATH=$$PATH:/usr/sbin; command -v haproxy && command -v pgbouncer && command -v slowhttptest) >/dev/null || \
 	{ $(call INSTALL,HAProxy and PgBouncer and slowhttptest,$(ATTACKERS),$(ATTACKERS),$(ATTACKERS)); }
+
+prometheus: # to check the metrics and deploy/alerts.yml; make test skips that without it
+	@command -v promtool >/dev/null || { $(call INSTALL,Prometheus,prometheus,golang-github-prometheus,prometheus); }
 
 systemd: # to check the units of deploy/; make test skips that without it
 	@command -v systemd-analyze >/dev/null || { $(call INSTALL,systemd,systemd,systemd,systemd); }

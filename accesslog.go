@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
@@ -22,11 +21,13 @@ import (
 // A requestInfo is what is known of a request beside the request itself. The layers
 // write into the one in its context; the access log reads it.
 type requestInfo struct {
-	id       string // X-Request-Id
-	traceID  string // of a W3C traceparent; empty without one
-	caller          // of its token; set by requireAuth
-	bodyRead bool   // its body has been read to the end
-	cause    error  // what went wrong, where the response does not tell
+	start    time.Time
+	id       string        // X-Request-Id
+	traceID  string        // of a W3C traceparent; empty without one
+	caller                 // of its token; set by requireAuth
+	wait, db time.Duration // for the turn of a batch; for statements, with the wait for a connection
+	bodyRead bool          // its body has been read to the end
+	failure  *apiError     // what the response says, and its cause; nil of a success
 }
 
 type infoKey struct{}
@@ -41,8 +42,7 @@ func infoFrom(ctx context.Context) *requestInfo { return ctx.Value(infoKey{}).(*
 func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next http.Handler) http.Handler {
 	sending := &quota{free: quotaBytes}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		start := time.Now()
-		info := &requestInfo{id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
+		info := &requestInfo{start: time.Now(), id: requestID(r.Header["X-Request-Id"]), traceID: traceID(r.Header["Traceparent"])}
 		h := w.Header()
 		h["X-Request-Id"] = []string{info.id}
 		h["X-Content-Type-Options"] = nosniff
@@ -53,7 +53,7 @@ func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next 
 		unread := false
 		err := http.ErrAbortHandler // unless the handlers return
 		defer func() {
-			logAccess(log, r, rec, info, start, err)
+			logAccess(log, r, rec, info, err)
 			if unread && err == nil {
 				rec.linger(r)
 			}
@@ -66,8 +66,20 @@ func observe(log *slog.Logger, draining *atomic.Bool, limit time.Duration, next 
 		last := draining.Load() || r.TransferEncoding != nil
 		// net/http would wait for the rest of a body before it sends anything.
 		unread = r.ProtoMajor == 1 && r.Body != http.NoBody && !info.bodyRead
+		if log.Enabled(ctx, slog.LevelDebug) {
+			h.Set("Server-Timing", fmt.Sprintf("db;dur=%.3f, wait;dur=%.3f", info.db.Seconds()*1e3, info.wait.Seconds()*1e3))
+		}
 		err = rec.send(r, sending, last || unread)
 	})
+}
+
+// addTiming notes, if ctx is that of a request, for how long it has waited, and for how long
+// its statement took.
+func addTiming(ctx context.Context, wait, db time.Duration) {
+	if info, ok := ctx.Value(infoKey{}).(*requestInfo); ok {
+		info.wait += wait
+		info.db += db
+	}
 }
 
 // requestBytes returns what a request of HTTP/2 may hold while it is served: its head,
@@ -87,7 +99,7 @@ func requestBytes(r *http.Request) int64 {
 
 // logAccess writes the line of a request, at a level that follows the outcome. Nothing
 // of the query, the header or the body gets into it.
-func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *requestInfo, start time.Time, aborted error) {
+func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *requestInfo, aborted error) {
 	level := slog.LevelInfo
 	switch {
 	case rec.status >= 500:
@@ -106,7 +118,7 @@ func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *r
 		slog.String("method", cut(r.Method, 32)),
 		slog.String("path", loggedPath(r.URL.Path)),
 		slog.Int("status", rec.status),
-		slog.Float64("duration_ms", float64(time.Since(start).Microseconds())/1000),
+		slog.Float64("duration_ms", float64(time.Since(info.start).Microseconds())/1000),
 		slog.Int("bytes", bytes),
 		slog.String("request_id", info.id),
 		slog.String("remote", r.RemoteAddr),
@@ -117,7 +129,11 @@ func logAccess(log *slog.Logger, r *http.Request, rec *responseRecorder, info *r
 	if info.traceID != "" {
 		attrs = append(attrs, slog.String("trace_id", info.traceID))
 	}
-	if cause := cmp.Or(info.cause, aborted); cause != nil {
+	cause := aborted
+	if info.failure != nil && info.failure.cause != nil {
+		cause = info.failure.cause
+	}
+	if cause != nil {
 		attrs = append(attrs, slog.String("error", cause.Error()))
 	}
 	log.LogAttrs(r.Context(), level, "request", attrs...)

@@ -159,7 +159,7 @@ func TestAccessLogFields(t *testing.T) {
 	r.Header.Set("Traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
 	_, line, all := observed(t, r, func(w http.ResponseWriter, r *http.Request) {
 		info := infoFrom(r.Context())
-		info.subject, info.cause = "alice", errors.New("the disk is full")
+		info.subject, info.failure = "alice", &apiError{cause: errors.New("the disk is full")}
 		w.WriteHeader(507)
 		w.WriteHeader(200) // comes too late
 		io.WriteString(w, "0123")

@@ -39,6 +39,14 @@ type tokenError string
 
 func (e tokenError) Error() string { return string(e) }
 
+// The errors of sound tokens.
+const (
+	errExpired  = tokenError("The token has expired")
+	errNotYet   = tokenError("The token is not valid yet: its nbf or iat is in the future")
+	errIssuer   = tokenError("The token is from another issuer")
+	errAudience = tokenError("The token is for another audience")
+)
+
 // claims are what a verified token says of its bearer.
 type claims struct {
 	caller
@@ -119,9 +127,9 @@ func (v *verifier) checkTime(c claims) error {
 	now := float64(v.now().UnixMicro()) / 1e6
 	switch {
 	case now >= c.expiry+leeway:
-		return tokenError("The token has expired")
+		return errExpired
 	case now < c.notBefore-leeway || now < c.issuedAt-leeway:
-		return tokenError("The token is not valid yet: its nbf or iat is in the future")
+		return errNotYet
 	}
 	return nil
 }
@@ -207,9 +215,9 @@ func (v *verifier) readClaims(payload []byte) (c claims, err error) {
 	case members["sub"] != nil && !isText:
 		return claims{}, tokenError("The sub of the token is not a string")
 	case v.issuer != "" && issuer != v.issuer:
-		return claims{}, tokenError("The token is from another issuer")
+		return claims{}, errIssuer
 	case v.audience != "" && audience != v.audience && !slices.Contains(arrayStrings(members["aud"]), v.audience):
-		return claims{}, tokenError("The token is for another audience")
+		return claims{}, errAudience
 	}
 	c.caller = caller{issuer: issuer, subject: subject}
 

@@ -51,6 +51,8 @@ type batcher[Q, A any] struct {
 	// when no request waits for it any more.
 	many func(ctx context.Context, calls []*call[Q, A])
 
+	began func(calls int) // told of each statement
+
 	writes bool      // a call that is given up may have been executed
 	turn   semaphore // of the statement that keeps the next one waiting
 
@@ -75,6 +77,7 @@ type call[Q, A any] struct {
 // A batch is the calls of one statement.
 type batch[Q, A any] struct {
 	calls   []*call[Q, A]
+	took    time.Duration
 	ctx     context.Context
 	cancel  context.CancelFunc
 	waiting int // requests that wait for it; under the lock of the batcher
@@ -91,18 +94,21 @@ func (b *batcher[Q, A]) do(ctx context.Context, ask Q) (A, error) {
 		case b.turn <- struct{}{}:
 			b.mu.Unlock()
 			defer b.hold()()
+			b.began(1)
 			return b.one(ctx, ask)
 		default:
 			b.next = true
 			go b.runNext()
 		}
 	}
+	start := time.Now()
 	me := &call[Q, A]{ask: ask, done: make(chan struct{})}
 	b.waiting = append(b.waiting, me)
 	b.mu.Unlock()
 
 	select {
 	case <-me.done:
+		addTiming(ctx, time.Since(start)-me.batch.took, me.batch.took)
 		return me.answer, me.err
 	case <-ctx.Done():
 		var none A
@@ -166,6 +172,8 @@ func (b *batcher[Q, A]) take() *batch[Q, A] {
 func (b *batcher[Q, A]) run(taken *batch[Q, A]) {
 	defer taken.cancel()
 	calls := taken.calls
+	b.began(len(calls))
+	start := time.Now()
 	catchPanic(calls, func() {
 		switch len(calls) {
 		case 0: // they have left
@@ -175,6 +183,7 @@ func (b *batcher[Q, A]) run(taken *batch[Q, A]) {
 			b.many(taken.ctx, calls)
 		}
 	})
+	taken.took = time.Since(start)
 	for _, c := range calls {
 		close(c.done)
 	}
@@ -211,10 +220,13 @@ func coalesce(next userStore, pg *pgStore, conns int) userStore {
 	half := max(1, conns/2)
 	s := &batchedStore{userStore: next, pg: pg, singles: make(semaphore, half), pages: make(semaphore, half)}
 	reads, writes := make(semaphore, 1), make(semaphore, 1)
-	s.creates = &batcher[newUser, user]{one: next.create, many: s.createMany, writes: true, turn: writes}
-	s.updates = &batcher[userPatch, user]{one: next.update, many: s.updateMany, writes: true, turn: writes}
-	s.gets = &batcher[string, user]{one: next.get, many: s.getMany, turn: reads}
-	s.lists = &batcher[listQuery, *page]{one: next.list, many: s.listMany, turn: reads}
+	began := func(statement string) func(int) {
+		return func(calls int) { pg.observe("batch", statement, float64(calls)) }
+	}
+	s.creates = &batcher[newUser, user]{began: began("create"), one: next.create, many: s.createMany, writes: true, turn: writes}
+	s.updates = &batcher[userPatch, user]{began: began("update"), one: next.update, many: s.updateMany, writes: true, turn: writes}
+	s.gets = &batcher[string, user]{began: began("get"), one: next.get, many: s.getMany, turn: reads}
+	s.lists = &batcher[listQuery, *page]{began: began("list"), one: next.list, many: s.listMany, turn: reads}
 	return s
 }
 

@@ -30,7 +30,7 @@ type statements struct {
 // newBatcher returns a batcher of such statements.
 func newBatcher() (*batcher[int, int], *statements) {
 	s := &statements{asked: make(chan []int, 100), release: make(chan struct{})}
-	return &batcher[int, int]{one: s.one, many: s.many, turn: make(semaphore, 1)}, s
+	return &batcher[int, int]{one: s.one, many: s.many, turn: make(semaphore, 1), began: func(int) {}}, s
 }
 
 func (s *statements) one(ctx context.Context, n int) (int, error) {
@@ -237,7 +237,7 @@ func TestFullBatch(t *testing.T) {
 func TestBatchersTakeTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, s := newBatcher()
-		b := &batcher[int, int]{one: s.one, many: s.many, turn: a.turn}
+		b := &batcher[int, int]{one: s.one, many: s.many, turn: a.turn, began: a.began}
 		ask(t, t.Context(), a, 1, nil)
 		ask(t, t.Context(), b, 2, nil)
 		ask(t, t.Context(), a, 3, nil)
@@ -257,7 +257,7 @@ func TestBatchPanic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := make(chan bool)
 		b := &batcher[int, int]{
-			turn: make(semaphore, 1),
+			turn: make(semaphore, 1), began: func(int) {},
 			one:  func(context.Context, int) (int, error) { <-begin; return 0, nil },
 			many: func(context.Context, []*call[int, int]) { <-begin; panic("as the test wants it") },
 		}
@@ -292,8 +292,8 @@ func TestBatchedReadsSeeWrites(t *testing.T) {
 		return seen
 	}
 	reads := &batcher[int, int64]{
-		turn: make(semaphore, 1),
-		one:  func(context.Context, int) (int64, error) { return look(), nil },
+		turn: make(semaphore, 1), began: func(int) {},
+		one: func(context.Context, int) (int64, error) { return look(), nil },
 		many: func(ctx context.Context, calls []*call[int, int64]) {
 			seen := look()
 			for _, c := range calls {
@@ -327,8 +327,8 @@ func TestBatchedReadsSeeWrites(t *testing.T) {
 func TestBatchStress(t *testing.T) {
 	t.Parallel()
 	b := &batcher[int, int]{
-		turn: make(semaphore, 1),
-		one:  func(_ context.Context, n int) (int, error) { return 2 * n, nil },
+		turn: make(semaphore, 1), began: func(int) {},
+		one: func(_ context.Context, n int) (int, error) { return 2 * n, nil },
 		many: func(ctx context.Context, calls []*call[int, int]) {
 			for _, c := range calls {
 				c.answer = 2 * c.ask
@@ -373,7 +373,7 @@ func (s *slowLists) list(ctx context.Context, q listQuery) (*page, error) {
 func TestBatchedLists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lists := &slowLists{begun: make(chan int64, 100), release: make(chan bool)}
-		s := coalesce(lists, nil, 10).(*batchedStore)
+		s := coalesce(lists, &pgStore{observe: func(string, string, float64) {}}, 10).(*batchedStore)
 		wantBegun := func(want ...int64) {
 			t.Helper()
 			synctest.Wait()
@@ -695,4 +695,24 @@ func TestFailedBatchOfGets(t *testing.T) {
 	}
 	clients.Wait()
 	mustExec(t, s.db, "ALTER TABLE users_away RENAME TO users")
+}
+
+// Each request counts in the size of one batch.
+func TestMetricsOfBatches(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "ADMIN_ADDR=127.0.0.1:0")
+	path := createUser(s, "ada@example.com").header.Get("Location")
+	var clients sync.WaitGroup
+	for range 8 {
+		clients.Go(func() {
+			for range 20 {
+				s.try("GET", path, "")
+			}
+		})
+	}
+	clients.Wait()
+	got := scrape(t, s.admin())
+	if gets, creates := got[`rollcall_batch_size_sum{statement="get"}`], got[`rollcall_batch_size_sum{statement="create"}`]; gets != 160 || creates != 1 {
+		t.Errorf("batches of %v gets and %v creates in all; want 160 and 1", gets, creates)
+	}
 }

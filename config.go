@@ -43,6 +43,8 @@ type config struct {
 	maxInFlight     int           // requests served at once; those beyond are refused
 	rateLimit       int           // requests a second of one caller; 0 is no limit
 
+	adminAddr string // where metrics and profiles are; empty if nowhere
+
 	tlsCertFile, tlsKeyFile string // both or neither
 
 	warnings []string    // what was asked for in vain, a sentence each
@@ -87,7 +89,7 @@ func (c *config) variables() []variable {
 		{"MAX_BODY_BYTES", "65536", "largest body of a request", number(&c.maxBodyBytes, 1, 1<<30)},
 		{"MAX_IN_FLIGHT", "1024", "requests served at once; those beyond get a 503", number(&c.maxInFlight, 1, 1_000_000)},
 		{"RATE_LIMIT", "", "requests a second of one caller, with a burst of twice that", number(&c.rateLimit, 1, 1_000_000)},
-		{"ADMIN_ADDR", "", "not in this version: address for metrics and profiles", unsupported},
+		{"ADMIN_ADDR", "", "address of a listener for metrics and profiles: 127.0.0.1:9090", parsed(&c.adminAddr, parseAdminAddr)},
 		{"TLS_CERT_FILE", "", "certificate in PEM, with its chain; serves HTTPS", parsed(&c.tlsCertFile, asGiven)},
 		{"TLS_KEY_FILE", "", "private key of TLS_CERT_FILE", parsed(&c.tlsKeyFile, asGiven)},
 	}
@@ -199,11 +201,6 @@ func variablesHelp() string {
 		fmt.Fprintf(&b, "  %-20s %-11s %s\n", v.name, cmp.Or(v.defaultValue, "-"), v.help)
 	}
 	return b.String()
-}
-
-// unsupported refuses what a later version will have. Ignoring it would be worse: the operator believes that it is on.
-func unsupported(string) error {
-	return errors.New("is for a later version of rollcall: leave it unset")
 }
 
 func asGiven(value string) (string, error) { return value, nil }

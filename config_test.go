@@ -136,7 +136,9 @@ func TestConfigTakes(t *testing.T) {
 		{"RATE_LIMIT=50", func(c config) any { return c.rateLimit }, 50},
 
 		{"JWT_JWKS_URL=", func(c config) any { return len(c.keys) }, 1},
-		{"ADMIN_ADDR=", func(c config) any { return c.port }, 3000},
+		{"ADMIN_ADDR=", func(c config) any { return c.adminAddr }, ""},
+		{"ADMIN_ADDR=:9090", func(c config) any { return c.adminAddr }, ":9090"},
+		{"ADMIN_ADDR=[::1]:9090", func(c config) any { return c.adminAddr }, "[::1]:9090"},
 		{"TLS_CERT_FILE=", func(c config) any { return c.tlsCertFile + c.tlsKeyFile }, ""},
 	} {
 		t.Run(test.env, func(t *testing.T) {
@@ -199,7 +201,6 @@ func TestConfigRefuses(t *testing.T) {
 		host   = " is not an IP address or a host name; no scheme, and the port goes into PORT"
 		port   = " is not a whole number from 0 to 65535"
 		time   = ` is not a time with its unit from 1ns to 24h, such as "10s" or "1m30s"`
-		later  = " is for a later version of rollcall: leave it unset"
 		origin = ", which is no origin; it takes *, or scheme://host[:port], comma-separated"
 	)
 	for _, test := range []struct {
@@ -246,7 +247,9 @@ func TestConfigRefuses(t *testing.T) {
 		{"JWT_JWKS_URL=http://id.example/keys\nJWT_ISSUER=*\nJWT_AUDIENCE=*", `JWT_JWKS_URL: "http://id.example/keys" is not https; http is for loopback addresses alone`},
 		{"JWT_JWKS_URL=https://id.example/keys\nJWT_AUDIENCE=users", `JWT_ISSUER: not set; with JWT_JWKS_URL it has to be`},
 		{"JWT_JWKS_URL=https://id.example/keys\nJWT_ISSUER=*", `JWT_AUDIENCE: not set; with JWT_JWKS_URL it has to be`},
-		{"ADMIN_ADDR=:9090", `ADMIN_ADDR: ":9090"` + later},
+		{"ADMIN_ADDR=9090", `ADMIN_ADDR: "9090" is no address with a port, such as 127.0.0.1:9090`},
+		{"ADMIN_ADDR=:99999", `ADMIN_ADDR: ":99999" is no address with a port`},
+		{"ADMIN_ADDR=http://x:80", `ADMIN_ADDR: "http://x:80" is no address with a port`},
 
 		{"JWT_READ_SCOPE=users:read users:write", `JWT_READ_SCOPE: "users:read users:write" is not one scope: 1 to 255 characters`},
 		{`JWT_READ_SCOPE=a"b`, `JWT_READ_SCOPE: "a\"b" is not one scope`},

@@ -121,7 +121,7 @@ func (h handlerFunc) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	e := asAPIError(err)
 	status := cmp.Or(e.kind.status, http.StatusInternalServerError)
-	infoFrom(r.Context()).cause = e.cause
+	infoFrom(r.Context()).failure = e
 
 	h := w.Header()
 	for name, values := range e.header {

@@ -44,8 +44,17 @@ func (h *health) live(w http.ResponseWriter, r *http.Request) error {
 // readyTimeout is how long PostgreSQL may take to answer when readiness is asked for.
 const readyTimeout = 2 * time.Second
 
-// ready answers GET /health/ready: requests can be served.
+// ready answers GET /health/ready.
 func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
+	if err := h.check(r.Context()); err != nil {
+		return err
+	}
+	writeBody(w, http.StatusOK, jsonType, []byte(`{"status":"ready"}`))
+	return nil
+}
+
+// check returns why requests can't be served.
+func (h *health) check(ctx context.Context) error {
 	switch {
 	case h.draining.Load():
 		return &apiError{kind: kindUnavailable, message: "The service is stopping"}
@@ -55,12 +64,11 @@ func (h *health) ready(w http.ResponseWriter, r *http.Request) error {
 	if err := h.keySet.missing(); err != nil {
 		return &apiError{kind: kindUnavailable, message: "The key set of the identity provider (JWT_JWKS_URL) is not available", cause: err}
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	if err := h.ping(ctx); err != nil {
 		return &apiError{kind: kindUnavailable, message: "PostgreSQL does not answer", cause: err}
 	}
-	writeBody(w, http.StatusOK, jsonType, []byte(`{"status":"ready"}`))
 	return nil
 }
 

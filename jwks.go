@@ -52,6 +52,9 @@ type keySet struct {
 	body    []byte        // what the keys were read from; nil if there are none
 	expires time.Time     // when the keys are no longer good
 	err     error         // of the last fetch
+
+	fetched  time.Time // when a fetch last succeeded
+	failures int       // fetches that failed
 }
 
 // newKeySet returns the key set that cfg names, not fetched yet, or nil if it names none.
@@ -126,9 +129,11 @@ func (s *keySet) update(body []byte, age time.Duration, err error) time.Duration
 		s.log.Info("JWT_JWKS_URL: the key set can be fetched again")
 	}
 	if s.err = err; err == nil {
-		s.expires = time.Now().Add(age + keySetGrace)
+		s.fetched = time.Now()
+		s.expires = s.fetched.Add(age + keySetGrace)
 		return age
 	}
+	s.failures++
 	s.log.Warn("JWT_JWKS_URL: the key set can't be fetched", "error", err.Error(), "next_try", fetchRetry.String())
 	if s.body != nil && time.Now().After(s.expires) {
 		s.body = nil

@@ -113,7 +113,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 
 // newHandler is the whole service on one screen: its routes, and what wraps
 // them (middleware.go says why in this order).
-func newHandler(cfg config, store userStore, set *keySet, h *health, log *slog.Logger) http.Handler {
+func newHandler(cfg config, store userStore, set *keySet, h *health, m *metrics, log *slog.Logger) http.Handler {
 	u := &users{store}
 	inFlight := make(chan struct{}, cfg.maxInFlight)
 	admit := func(h handlerFunc) http.Handler { return limitInFlight(inFlight, compress(h)) }
@@ -144,7 +144,8 @@ func newHandler(cfg config, store userStore, set *keySet, h *health, log *slog.L
 	}
 
 	root := cors(cfg.corsOrigins, split("/api/", guarded, exactPath(open)))
-	return observe(log, h.draining, cfg.requestTimeout, recoverPanics(log, root))
+	root = m.count(api, recoverPanics(log, root))
+	return observe(log, h.draining, cfg.requestTimeout, root)
 }
 
 // split sends the paths below prefix to one handler and all others to another.
@@ -175,24 +176,24 @@ func otherMethods(allow string) handlerFunc {
 
 // A rollcall is the service, put together.
 type rollcall struct {
-	cfg    config
-	log    *slog.Logger
-	store  *pgStore
-	keySet *keySet // nil when none is configured
-	health *health
-	server *server
+	cfg     config
+	log     *slog.Logger
+	store   *pgStore
+	keySet  *keySet // nil when none is configured
+	health  *health
+	server  *server
+	metrics *metrics // nil without ADMIN_ADDR
 }
 
 // newRollcall puts the service together: the plain store and the plain server, and
 // around them the mechanisms, each of which is a file of its own.
 func newRollcall(cfg config, log *slog.Logger) *rollcall {
-	store := openStore(cfg, log)
-	users := exactlyOnce(coalesce(store, store, cfg.dbMaxConns), store)
-	srv := newServer(cfg, log)
-	set := newKeySet(cfg, log)
-	health := newHealth(store.ping, set, &srv.draining)
-	srv.Handler = watchClient(newHandler(cfg, users, set, health, log))
-	return &rollcall{cfg, log, store, set, health, srv}
+	r := &rollcall{cfg: cfg, log: log, store: openStore(cfg, log), keySet: newKeySet(cfg, log), server: newServer(cfg, log)}
+	r.health = newHealth(r.store.ping, r.keySet, &r.server.draining)
+	r.metrics = newMetrics(cfg, r)
+	users := exactlyOnce(coalesce(r.store, r.store, cfg.dbMaxConns), r.store)
+	r.server.Handler = watchClient(newHandler(cfg, users, r.keySet, r.health, r.metrics, log))
+	return r
 }
 
 // serve runs the service until ctx ends, then lets the requests finish.
@@ -214,6 +215,11 @@ func serve(ctx context.Context, dev bool, getenv func(string) string, stdout, st
 	if r.server.TLSConfig, err = newTLSConfig(cfg, log); err != nil {
 		return err
 	}
+	stopAdmin, err := r.metrics.listen(cfg, log)
+	if err != nil {
+		return err
+	}
+	defer stopAdmin() // last, so that a stop can be watched
 	// Listen first: a port that is taken is an error at once, and a client that
 	// connects from now on gets a response, if only to be told to wait.
 	listener, err := manager.listen(cfg)

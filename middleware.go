@@ -143,6 +143,8 @@ func readBody(max int64, next http.Handler) http.Handler {
 	})
 }
 
+var errInFlight = &apiError{kind: kindUnavailable, message: "Too many requests are being served"}
+
 // limitInFlight refuses the requests beyond the size of inFlight, a semaphore: send to
 // acquire, receive to release. It does so at once, which is better than a queue in which
 // all wait until none can be served in time.
@@ -153,7 +155,7 @@ func limitInFlight(inFlight chan struct{}, next http.Handler) http.Handler {
 			defer func() { <-inFlight }()
 			next.ServeHTTP(w, r)
 		default:
-			writeError(w, r, &apiError{kind: kindUnavailable, message: "Too many requests are being served"})
+			writeError(w, r, errInFlight)
 		}
 	})
 }

@@ -111,7 +111,7 @@ func newOffline(t testing.TB, env ...string) (*service, *health) {
 	log := newLogger(cfg, buffer)
 	h := newHealth(func(context.Context) error { return errors.New("there is no database") }, nil, new(atomic.Bool))
 	checkLeaks(t)
-	server := httptest.NewServer(newHandler(cfg, nil, nil, h, log))
+	server := httptest.NewServer(newHandler(cfg, nil, nil, h, nil, log))
 	t.Cleanup(server.Close)
 	return &service{t: t, url: server.URL, log: buffer}, h
 }

@@ -181,6 +181,9 @@ func sortByIDs(users []user, ids []string) {
 // find its begin, row by row.
 const deepOffset = 1000
 
+var errDeepLists = &apiError{kind: kindUnavailable,
+	message: "Too many lists with a large offset are being read: follow the Link of the page before"}
+
 // deepList reads the users of a deep list. They are read one at a time, and after each
 // none is for as long as it took: so all of them together take half of one processor,
 // and one connection.
@@ -189,7 +192,7 @@ func (s *pgStore) deepList(ctx context.Context, q listQuery) ([]user, error) {
 	case s.deepQueue <- struct{}{}:
 		defer func() { <-s.deepQueue }()
 	default:
-		return nil, &apiError{kind: kindUnavailable, message: "Too many lists with a large offset are being read: follow the Link of the page before"}
+		return nil, errDeepLists
 	}
 	select {
 	case s.deep <- struct{}{}:

@@ -177,7 +177,7 @@ func TestRateLimitOfTheHandler(t *testing.T) {
 		}
 		health := newHealth(nil, nil, new(atomic.Bool))
 		close(health.started)
-		h := newHandler(cfg, nil, nil, health, slog.New(slog.DiscardHandler))
+		h := newHandler(cfg, nil, nil, health, nil, slog.New(slog.DiscardHandler))
 		call := func(method, path string, fields ...string) *httptest.ResponseRecorder {
 			r := httptest.NewRequest(method, path, nil)
 			for i := 0; i < len(fields); i += 2 {

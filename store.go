@@ -63,12 +63,15 @@ type pgStore struct {
 	deep      chan struct{} // a semaphore of the deep list that is read
 	deepQueue chan struct{} // a semaphore of those that wait for it, or are read
 	answered  atomic.Int64  // when PostgreSQL last answered, in nanoseconds since 1970
+
+	// observe is told of what the store does: of each statement, its seconds.
+	observe func(what, label string, value float64)
 }
 
 // openStore returns the store of the configured database. It does not connect:
 // [pgStore.start] does.
 func openStore(cfg config, log *slog.Logger) *pgStore {
-	s := &pgStore{log: log, connector: newConnector(cfg, log)}
+	s := &pgStore{log: log, connector: newConnector(cfg, log), observe: func(string, string, float64) {}}
 	s.deep, s.deepQueue = make(chan struct{}, 1), make(chan struct{}, max(1, cfg.maxInFlight/4))
 	s.db = sql.OpenDB(s.connector)
 	s.db.SetMaxOpenConns(cfg.dbMaxConns)
@@ -196,6 +199,7 @@ func (u *user) fields() []any { return []any{&u.ID, &u.Email, &u.Name, &u.Create
 
 // each runs a statement and has scan take each of its rows.
 func (s *pgStore) each(ctx context.Context, text string, args []any, scan func(*sql.Rows) error) error {
+	start := time.Now()
 	rows, err := s.db.QueryContext(ctx, text, args...)
 	if err != nil {
 		return translate(ctx, err)
@@ -212,7 +216,10 @@ func (s *pgStore) each(ctx context.Context, text string, args []any, scan func(*
 		}
 		return translate(ctx, err)
 	}
-	s.answered.Store(time.Now().UnixNano())
+	now := time.Now()
+	s.answered.Store(now.UnixNano())
+	s.observe("statement", "", now.Sub(start).Seconds())
+	addTiming(ctx, 0, now.Sub(start))
 	return nil
 }
 
