@@ -2,13 +2,14 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build bench chaos fuzz clean postgres compiler attackers prometheus systemd
+.PHONY: help run test check build bench chaos client fuzz clean postgres compiler attackers prometheus systemd
 # What make installs comes from one package manager, which two can't use at once: so
 # make -j, too, does one thing after the other.
 .NOTPARALLEL:
 
 # The tools of make check, pinned, so that a new release breaks no old commit.
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+OAPI_CODEGEN = github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@v2.8.2
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 # How many inputs make fuzz tries on each target, some seconds long. (Of a time, as in
 # 5s, go test at times makes a failure when it is over: "context deadline exceeded".)
@@ -82,6 +83,14 @@ bench: postgres ## compare the ordinary build with the plain one, over HTTP; see
 # Nearly each of these tests has a short form in make test. The table comes last.
 chaos: postgres attackers ## break what can break, in full, under load; prints what became of the requests
 	ROLLCALL_CHAOS=1 go test -v -count=1 -timeout 60m -run '^TestChaos' .
+
+# The generator and its library are on the network.
+client: postgres build ## generate a client from openapi.json, and use it
+	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; cp openapi.json testdata/client/main.go "$$dir"; program=$$PWD/rollcall; cd "$$dir"; \
+	go mod init client 2>/dev/null; \
+	if ! out=$$(go run $(OAPI_CODEGEN) -version 2>&1); then echo 'make client: skipped, as the generator can not be had:'; echo "$$out"; exit 0; fi; \
+	set -e; go run $(OAPI_CODEGEN) -generate types,client -package main -o api.go openapi.json; \
+	go mod tidy 2>/dev/null; go build -o client .; ./client "$$program"
 
 fuzz: postgres ## fuzz each target, FUZZTIME=10m for ten minutes each
 	@targets=$$(go test -list '^Fuzz' .) || { echo "$$targets"; exit 1; }; \

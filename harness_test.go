@@ -265,7 +265,10 @@ func startService(t testing.TB, env map[string]string) *service {
 	if env["TLS_CERT_FILE"] != "" {
 		scheme = "https"
 	}
-	s.url = scheme + "://" + s.waitLog("listening")["address"].(string)
+	address := s.waitLog("listening")["address"].(string)
+	described.hosts.Store(address, true)
+	t.Cleanup(func() { described.hosts.Delete(address) })
+	s.url = scheme + "://" + address
 	return s
 }
 
@@ -335,10 +338,10 @@ func (a answer) users(t testing.TB) (list []map[string]string) {
 // client keeps what the service sends as it is.
 var client = &http.Client{
 	Timeout: patience,
-	Transport: &http.Transport{
+	Transport: describedTransport{&http.Transport{
 		DisableCompression:  true,
 		MaxIdleConnsPerHost: 300,
-	},
+	}},
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 

@@ -110,6 +110,9 @@ func runTests(m *testing.M) int {
 	}
 	os.RemoveAll(postgres.dir)
 	os.RemoveAll(cluster.dir)
+	if reportUndescribed() {
+		code = 1
+	}
 	if code != 0 {
 		return code
 	}

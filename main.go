@@ -2,6 +2,7 @@
 //
 //	GET    /health               the process is up
 //	GET    /health/ready         it can serve: 200, or 503 and why not
+//	GET    /openapi.json         the description of all calls
 //	POST   /api/v1/users         create a user; may be repeated with an Idempotency-Key
 //	GET    /api/v1/users         list them, newest first; ?limit= ?offset= ?cursor= ?email= ?id=
 //	GET    /api/v1/users/{id}    one user
@@ -133,8 +134,10 @@ func newHandler(cfg config, store userStore, set *keySet, h *health, m *metrics,
 	open := http.NewServeMux() // for everybody
 	open.Handle("GET /health", handlerFunc(h.live))
 	open.Handle("GET /health/ready", handlerFunc(h.ready))
+	open.Handle("GET /openapi.json", compress(handlerFunc(describeAPI)))
 	open.Handle("/health", otherMethods("GET, HEAD, OPTIONS"))
 	open.Handle("/health/ready", otherMethods("GET, HEAD, OPTIONS"))
+	open.Handle("/openapi.json", otherMethods("GET, HEAD, OPTIONS"))
 	open.Handle("/", handlerFunc(notFound))
 
 	guarded := requireReady(h, exactPath(api))

@@ -399,7 +399,7 @@ func TestHealthcheck(t *testing.T) {
 	var draining atomic.Bool
 	draining.Store(true)
 	h := newHealth(nil, nil, &draining)
-	if err := h.ready(nil, nil); err == nil || asAPIError(err).kind != kindUnavailable || err.Error() != "The service is stopping" {
+	if err := h.check(t.Context()); err == nil || asAPIError(err).kind != kindUnavailable || err.Error() != "The service is stopping" {
 		t.Errorf("readiness while draining: %v", err)
 	}
 }
