@@ -2,7 +2,7 @@
 # else a target needs (PostgreSQL, for -race a C compiler), it installs, or says
 # what to install.
 
-.PHONY: help run test check build bench chaos client fuzz clean postgres compiler attackers prometheus systemd
+.PHONY: help run test check build bench chaos client fuzz clean postgres compiler attackers chromium prometheus systemd
 # What make installs comes from one package manager, which two can't use at once: so
 # make -j, too, does one thing after the other.
 .NOTPARALLEL:
@@ -118,6 +118,9 @@ ATTACKERS = haproxy pgbouncer slowhttptest
 attackers: # what make chaos breaks and attacks with; make test skips what it lacks
 	@(PATH=$$PATH:/usr/sbin; command -v haproxy && command -v pgbouncer && command -v slowhttptest) >/dev/null || \
 	{ $(call INSTALL,HAProxy and PgBouncer and slowhttptest,$(ATTACKERS),$(ATTACKERS),$(ATTACKERS)); }
+
+chromium: # to try the page in; make test skips that without it
+	@command -v chromium >/dev/null || { $(call INSTALL,Chromium,chromium,chromium,chromium); }
 
 prometheus: # to check the metrics and deploy/alerts.yml; make test skips that without it
 	@command -v promtool >/dev/null || { $(call INSTALL,Prometheus,prometheus,golang-github-prometheus,prometheus); }

@@ -43,6 +43,7 @@ type config struct {
 	maxInFlight     int           // requests served at once; those beyond are refused
 	rateLimit       int           // requests a second of one caller; 0 is no limit
 
+	pageOff   bool   // there is no page at /
 	adminAddr string // where metrics and profiles are; empty if nowhere
 
 	tlsCertFile, tlsKeyFile string // both or neither
@@ -90,6 +91,7 @@ func (c *config) variables() []variable {
 		{"MAX_IN_FLIGHT", "1024", "requests served at once; those beyond get a 503", number(&c.maxInFlight, 1, 1_000_000)},
 		{"RATE_LIMIT", "", "requests a second of one caller, with a burst of twice that", number(&c.rateLimit, 1, 1_000_000)},
 		{"ADMIN_ADDR", "", "address of a listener for metrics and profiles: 127.0.0.1:9090", parsed(&c.adminAddr, parseAdminAddr)},
+		{"PAGE", "on", "on, or off to take away the page at /", choice(&c.pageOff, map[string]bool{"on": false, "off": true})},
 		{"TLS_CERT_FILE", "", "certificate in PEM, with its chain; serves HTTPS", parsed(&c.tlsCertFile, asGiven)},
 		{"TLS_KEY_FILE", "", "private key of TLS_CERT_FILE", parsed(&c.tlsKeyFile, asGiven)},
 	}

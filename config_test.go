@@ -412,7 +412,7 @@ func TestVariablesHelp(t *testing.T) {
 		"JWT_JWKS_URL": "-", "JWT_ISSUER": "-", "JWT_AUDIENCE": "-", "JWT_READ_SCOPE": "users:read", "JWT_WRITE_SCOPE": "users:write",
 		"JWT_UNSCOPED": "-", "CORS_ORIGINS": "*", "LOG_LEVEL": "info",
 		"LOG_FORMAT": "json", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "10s", "SHUTDOWN_TIMEOUT": "20s", "DRAIN_DELAY": "0s",
-		"MAX_BODY_BYTES": "65536", "MAX_IN_FLIGHT": "1024", "RATE_LIMIT": "-", "ADMIN_ADDR": "-", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
+		"MAX_BODY_BYTES": "65536", "MAX_IN_FLIGHT": "1024", "RATE_LIMIT": "-", "ADMIN_ADDR": "-", "PAGE": "on", "TLS_CERT_FILE": "-", "TLS_KEY_FILE": "-",
 	} {
 		found := false
 		for line := range strings.SplitSeq(help, "\n") {

@@ -75,10 +75,11 @@ func devSecret(dir string) (string, error) {
 
 // printQuickstart prints what a newcomer needs next: a token, and lines to paste.
 func printQuickstart(w io.Writer, cfg config, addr net.Addr) {
-	curl, url := "curl", "http://"+addr.String()+usersPath
+	curl, root := "curl", "http://"+addr.String()+"/"
 	if cfg.tlsCertFile != "" {
-		curl, url = "curl -k", "https://"+addr.String()+usersPath
+		curl, root = "curl -k", "https://"+addr.String()+"/"
 	}
+	link := root
 	switch {
 	case cfg.authOff:
 	case cfg.jwtSecret == nil:
@@ -88,6 +89,7 @@ func printQuickstart(w io.Writer, cfg config, addr net.Addr) {
 		token := cfg.mintToken(grant{subject: "dev", ttl: 24 * time.Hour})
 		fmt.Fprintf(w, "\nA token that may do everything for 24 hours:\n\n%s\n", token)
 		curl += " -H 'Authorization: Bearer " + token + "'"
+		link += "#token=" + token // which a browser does not send
 	}
 	fmt.Fprintf(w, `
 Create a user, then list all:
@@ -95,8 +97,9 @@ Create a user, then list all:
 %[1]s -H 'Content-Type: application/json' -d '{"email":"ada@example.com","name":"Ada Lovelace"}' %[2]s
 
 %[1]s %[2]s
-
-Ctrl-C stops all that rollcall -dev has started; what it has made stays in %[3]s.
-
-`, curl, url, devDir)
+`, curl, strings.TrimSuffix(root, "/")+usersPath)
+	if !cfg.pageOff {
+		fmt.Fprintf(w, "\nOr look at them in a browser:\n\n%s\n", link)
+	}
+	fmt.Fprintf(w, "\nCtrl-C stops all that rollcall -dev has started; what it has made stays in %s.\n\n", devDir)
 }

@@ -2,6 +2,7 @@
 //
 //	GET    /health               the process is up
 //	GET    /health/ready         it can serve: 200, or 503 and why not
+//	GET    /                     a page to look at the users, for browsers
 //	GET    /openapi.json         the description of all calls
 //	POST   /api/v1/users         create a user; may be repeated with an Idempotency-Key
 //	GET    /api/v1/users         list them, newest first; ?limit= ?offset= ?cursor= ?email= ?id=
@@ -134,6 +135,10 @@ func newHandler(cfg config, store userStore, set *keySet, h *health, m *metrics,
 	open := http.NewServeMux() // for everybody
 	open.Handle("GET /health", handlerFunc(h.live))
 	open.Handle("GET /health/ready", handlerFunc(h.ready))
+	if !cfg.pageOff {
+		open.Handle("GET /{$}", compress(handlerFunc(showPage)))
+		open.Handle("/{$}", otherMethods("GET, HEAD, OPTIONS"))
+	}
 	open.Handle("GET /openapi.json", compress(handlerFunc(describeAPI)))
 	open.Handle("/health", otherMethods("GET, HEAD, OPTIONS"))
 	open.Handle("/health/ready", otherMethods("GET, HEAD, OPTIONS"))

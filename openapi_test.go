@@ -303,6 +303,7 @@ func TestOpenAPIOperations(t *testing.T) {
 		method, path, body string
 		fields             []string
 	}{
+		{"GET", "/", "", []string{"Accept: text/html"}}, {"GET", "/", "", nil},
 		{"GET", "/health", "", nil}, {"GET", "/health/ready", "", nil}, {"GET", "/openapi.json", "", nil},
 		{"POST", usersPath, "{", []string{ada}}, {"POST", usersPath, "{}", nil}, {"POST", usersPath, "{}", []string{reader}},
 		{"POST", usersPath, `{"email":"ada@example.com","name":"Ada"}`, []string{ada}}, {"POST", usersPath, large, []string{ada}},
