@@ -722,6 +722,19 @@ func TestScopesOfIdentityProviders(t *testing.T) {
 		{"Okta", "rollcall.read", "rollcall.write", `"scp":["openid","rollcall.read","rollcall.write"]`, true, true},
 		{"one scope for both", "rollcall", "rollcall", `"scope":"rollcall"`, true, true},
 	}
+	for name, claims := range map[string]string{ // of providers without scopes, for which JWT_UNSCOPED decides
+		"Google":   `"azp":"c.apps.googleusercontent.com","email":"a@example.com"`,
+		"Supabase": `"role":"authenticated","app_metadata":{"provider":"email"}`,
+	} {
+		for _, deny := range []bool{false, true} {
+			v := fixedVerifier("", "", mustSecret(t, tokenSecret))
+			v.denyUnscoped = deny
+			c, err := v.verify(signToken(t, tokenSecret, "HS256", `{"alg":"HS256"}`, `{"exp":1700000001,`+claims+`}`))
+			if err != nil || c.mayRead == deny || c.mayWrite == deny {
+				t.Errorf("%s, unscoped denied %t: read %v, write %v, %v", name, deny, c.mayRead, c.mayWrite, err)
+			}
+		}
+	}
 	for _, tt := range tests {
 		for _, deny := range []bool{false, true} { // which has a say only where there are no scopes
 			t.Run(fmt.Sprintf("%s, unscoped denied %t", tt.name, deny), func(t *testing.T) {
