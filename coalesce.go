@@ -426,34 +426,18 @@ func distribute[Q any](calls []*call[Q, user], found map[string]batchResult, err
 	}
 }
 
-// arrays returns PostgreSQL arrays in their text form (its manual, section 8.15.6), one
-// for each of the values that row returns: all are of type *string, and nil is NULL.
+// arrays returns an array for each of the values that row returns: all are of type
+// *string, and nil is NULL.
 func arrays[Q any](calls []*call[Q, user], row func(*Q) []any) []any {
-	columns := make([][]byte, len(row(&calls[0].ask)))
+	columns := make([][]*string, len(row(&calls[0].ask)))
 	for _, c := range calls {
 		for i, value := range row(&c.ask) {
-			columns[i] = appendElement(columns[i], value.(*string))
+			columns[i] = append(columns[i], value.(*string))
 		}
 	}
 	args := make([]any, len(columns))
-	for i, b := range columns {
-		b[0] = '{' // instead of the first comma
-		args[i] = string(append(b, '}'))
+	for i, column := range columns {
+		args[i] = pq.Array(column)
 	}
 	return args
-}
-
-// appendElement appends a comma and an element of an array.
-func appendElement(b []byte, s *string) []byte {
-	if s == nil {
-		return append(b, ",NULL"...)
-	}
-	b = append(b, ',', '"')
-	for i := 0; i < len(*s); i++ {
-		if (*s)[i] == '"' || (*s)[i] == '\\' {
-			b = append(b, '\\')
-		}
-		b = append(b, (*s)[i])
-	}
-	return append(b, '"')
 }

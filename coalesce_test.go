@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -603,45 +602,6 @@ func TestCreateManyWithOneKey(t *testing.T) {
 func TestPlansOfMany(t *testing.T) {
 	t.Parallel()
 	wantPlans(t, newStore(t), insertUsers, updateUsers)
-}
-
-func FuzzArrays(f *testing.F) {
-	f.Add("a", `"{},\NULL `)
-	f.Fuzz(func(t *testing.T, a, b string) {
-		text := arrays(callsOf(&a, nil, &b), func(s **string) []any { return []any{*s} })[0].(string)
-		got, rest := parseArray(text)
-		if rest != "" || len(got) != 3 || got[0] == nil || *got[0] != a || got[1] != nil || got[2] == nil || *got[2] != b {
-			t.Errorf("%q and %q became %s", a, b, text)
-		}
-	})
-}
-
-// parseArray reads the text of an array as PostgreSQL's manual, section
-// 8.15.6, describes it, and returns what it could not read.
-func parseArray(s string) (elements []*string, rest string) {
-	s, _ = strings.CutPrefix(s, "{")
-	for {
-		if after, ok := strings.CutPrefix(s, "NULL"); ok {
-			elements, s = append(elements, nil), after
-		} else if after, ok := strings.CutPrefix(s, `"`); ok {
-			var b []byte
-			i := 0
-			for ; i < len(after) && after[i] != '"'; i++ {
-				if after[i] == '\\' {
-					i++
-				}
-				b = append(b, after[i])
-			}
-			text := string(b)
-			elements, s = append(elements, &text), after[i+1:]
-		}
-		after, more := strings.CutPrefix(s, ",")
-		if !more {
-			rest, _ = strings.CutSuffix(s, "}")
-			return elements, rest
-		}
-		s = after
-	}
 }
 
 // Refusals share statements like all else: those that a batch can tell of its

@@ -34,6 +34,17 @@ func (h *health) isStarted() bool {
 	}
 }
 
+// requireReady refuses requests until the service has started.
+func requireReady(h *health, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !h.isStarted() {
+			writeError(w, r, errStarting)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // live answers GET /health: the process is up. It touches nothing else, since a process
 // that does not answer is restarted, and a restart heals no database.
 func (h *health) live(w http.ResponseWriter, r *http.Request) error {

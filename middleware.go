@@ -118,17 +118,6 @@ func exactPath(next http.Handler) http.Handler {
 	})
 }
 
-// requireReady refuses requests until the service has started.
-func requireReady(h *health, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !h.isStarted() {
-			writeError(w, r, errStarting)
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
 // readBody reads the body of a request, of max bytes at most, before the next layer sees
 // the request.
 func readBody(max int64, next http.Handler) http.Handler {
