@@ -104,9 +104,11 @@ func TestChaosReplicas(t *testing.T) {
 	}
 	crowd.end()
 	crowd.outcome(db, replacements).want(t, "one of two replicas behind HAProxy replaced")
+	var stops sync.WaitGroup // side by side, as each takes its DRAIN_DELAY
 	for _, p := range replicas {
-		p.stop()
+		stops.Go(p.stop)
 	}
+	stops.Wait()
 }
 
 // startBalancer starts HAProxy in front of two replicas on 127.0.0.1, and returns

@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 	dotenvFile = "" // that of whoever runs the tests is none of theirs
 	flag.Parse()
 	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
-		parallel.Value.Set(strconv.Itoa(2 * runtime.GOMAXPROCS(0))) // most of them wait most of the time
+		parallel.Value.Set(strconv.Itoa(4 * runtime.GOMAXPROCS(0))) // most of them wait most of the time
 	}
 	os.Exit(runTests(m))
 }
