@@ -78,7 +78,7 @@ esac
 endef
 
 bench: postgres ## compare the ordinary build with the plain one, over HTTP; see bench_test.go
-	go test -run '^$$' -bench . . -rounds $(ROUNDS) -clients $(CLIENTS) -against='$(AGAINST)'
+	go test -run '^$$' -bench '^Benchmark$$' . -rounds $(ROUNDS) -clients $(CLIENTS) -against='$(AGAINST)'
 
 # Nearly each of these tests has a short form in make test. The table comes last.
 chaos: postgres attackers ## break what can break, in full, under load; prints what became of the requests
