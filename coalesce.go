@@ -77,7 +77,7 @@ type call[Q, A any] struct {
 // A batch is the calls of one statement.
 type batch[Q, A any] struct {
 	calls   []*call[Q, A]
-	took    time.Duration
+	took    time.Duration // of the statement; set before its calls are done
 	ctx     context.Context
 	cancel  context.CancelFunc
 	waiting int // requests that wait for it; under the lock of the batcher
@@ -172,14 +172,15 @@ func (b *batcher[Q, A]) take() *batch[Q, A] {
 func (b *batcher[Q, A]) run(taken *batch[Q, A]) {
 	defer taken.cancel()
 	calls := taken.calls
+	if len(calls) == 0 { // they have left
+		return
+	}
 	b.began(len(calls))
 	start := time.Now()
 	catchPanic(calls, func() {
-		switch len(calls) {
-		case 0: // they have left
-		case 1:
+		if len(calls) == 1 {
 			calls[0].answer, calls[0].err = b.one(taken.ctx, calls[0].ask)
-		default:
+		} else {
 			b.many(taken.ctx, calls)
 		}
 	})
@@ -286,6 +287,7 @@ func (s *batchedStore) alone(ctx context.Context, write func() (user, error)) (u
 		}
 		select {
 		case <-time.After(pause):
+			s.pg.observe("retry", string(pqerror.LockNotAvailable), 1)
 		case <-ctx.Done():
 			return u, err
 		}

@@ -119,11 +119,6 @@ func retry[T any](ctx context.Context, o *onceStore, try func() (T, error)) (ans
 		if !isRetryable(err) {
 			return answer, repeated, err
 		}
-		reason := "connection"
-		if pgErr := pq.As(err); pgErr != nil {
-			reason = string(pgErr.Code)
-		}
-		o.pg.observe("retry", reason, 1)
 		if pq.As(err, pqerror.ReadOnlySQLTransaction) != nil {
 			o.pg.connector.renew(generation) // another server is the primary by now
 		}
@@ -135,6 +130,11 @@ func retry[T any](ctx context.Context, o *onceStore, try func() (T, error)) (ans
 				return answer, repeated, err
 			}
 		}
+		reason := "connection"
+		if pgErr := pq.As(err); pgErr != nil {
+			reason = string(pgErr.Code)
+		}
+		o.pg.observe("retry", reason, 1)
 	}
 }
 

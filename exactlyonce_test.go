@@ -629,3 +629,17 @@ func TestPoolerUnannounced(t *testing.T) {
 		}
 	}
 }
+
+// Each retry is counted by its reason.
+func TestMetricsOfRetries(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "ADMIN_ADDR=127.0.0.1:0", "REQUEST_TIMEOUT=1m")
+	path := createUser(s, "ada@example.com").header.Get("Location")
+	tx := begin(t, s.db, "SELECT FROM users FOR UPDATE")
+	var waiting pendingCalls
+	waiting.goCall(s, "PUT", path, `{"name":"Ada King"}`)
+	waiting.goCall(s, "DELETE", usersPath+"/"+noSuchID, "") // which waits for nobody
+	waitFor(t, "two retries", func() bool { return scrape(t, s.admin())[`rollcall_db_retries_total{reason="55P03"}`] >= 2 })
+	tx.Rollback()
+	waiting.wait()
+}

@@ -219,13 +219,15 @@ func (v *verifier) verifyWaiting(ctx context.Context, token string) (c claims, e
 	return claims{}, cmp.Or(ctx.Err(), v.keySet.explain(err))
 }
 
+const keysAway = "The keys of the identity provider can't be fetched"
+
 // explain returns err, the error of a token that no key has signed, or that of the last
 // fetch if it may be the reason.
 func (s *keySet) explain(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil && (err == errNoKey || s.body == nil) {
-		return &apiError{kind: kindUnavailable, message: "The keys of the identity provider can't be fetched", cause: s.err}
+		return &apiError{kind: kindUnavailable, message: keysAway, cause: s.err}
 	}
 	return err
 }

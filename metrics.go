@@ -13,6 +13,7 @@ import (
 	"net/http/pprof"
 	"os"
 	"runtime"
+	"runtime/debug"
 	runtimemetrics "runtime/metrics"
 	"slices"
 	"strconv"
@@ -123,8 +124,9 @@ func (m *metrics) count(routes *http.ServeMux, next http.Handler) http.Handler {
 		case http.StatusForbidden:
 			m.refused.with(labels{"scope"}).Add(1)
 		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-			if reason := shedReasons[cmp.Or(failure.message, failure.kind.message)]; strings.HasPrefix(r.URL.Path, "/api/") {
-				m.shed.with(labels{cmp.Or(reason, "database")}).Add(1)
+			if strings.HasPrefix(r.URL.Path, "/api/") {
+				reason := cmp.Or(shedReasons[failure.message], shedReasons[failure.kind.message], "database")
+				m.shed.with(labels{reason}).Add(1)
 			}
 		}
 	})
@@ -140,7 +142,7 @@ var (
 	}
 	shedReasons = map[string]string{
 		errInFlight.message: "in_flight", errDeepLists.message: "deep_lists", errStarting.message: "starting",
-		kindTooMany.message: "rate_limit", kindTimeout.message: "timeout",
+		keysAway: "keys", kindTooMany.message: "rate_limit", kindTimeout.message: "timeout",
 	}
 )
 
@@ -248,7 +250,7 @@ func (m *metrics) writeService(ctx context.Context, x *exposition) {
 		fetched, failures := set.fetched, set.failures
 		set.mu.Unlock()
 		x.value("rollcall_jwks_keys", "gauge", "Keys of the identity provider.", float64(len(set.keyring.Load().keys)-len(set.own)))
-		x.value("rollcall_jwks_last_success_timestamp_seconds", "gauge", "When the key set was fetched last, since 1970.", float64(fetched.Unix()))
+		x.value("rollcall_jwks_last_success_timestamp_seconds", "gauge", "When the key set was fetched last, since 1970; 0 if never.", float64(max(0, fetched.Unix())))
 		x.value("rollcall_jwks_failures_total", "counter", "Fetches of the key set that failed.", float64(failures))
 	}
 	ready := 0.0
@@ -266,7 +268,6 @@ var processMetrics = []struct{ name, source, help string }{
 	{"go_goroutines", "/sched/goroutines:goroutines", "Goroutines."},
 	{"go_threads", "/sched/threads/total:threads", "Threads of the operating system."},
 	{"go_sched_gomaxprocs_threads", "/sched/gomaxprocs:threads", "GOMAXPROCS."},
-	{"go_gc_cycles_total", "/gc/cycles/total:gc-cycles", "Garbage collections."},
 	{"go_memstats_heap_alloc_bytes", "/memory/classes/heap/objects:bytes", "Bytes of objects, dead ones that are not swept included."},
 	{"go_memstats_heap_objects", "/gc/heap/objects:objects", "Objects."},
 	{"go_memstats_next_gc_bytes", "/gc/heap/goal:bytes", "Heap at which the next garbage collection ends."},
@@ -288,6 +289,14 @@ func writeProcess(x *exposition, start time.Time) {
 		}
 		x.value(p.name, kind, p.help, float64(sample[0].Value.Uint64()))
 	}
+	gc := debug.GCStats{PauseQuantiles: make([]time.Duration, 5)}
+	debug.ReadGCStats(&gc)
+	x.family("go_gc_duration_seconds", "summary", "Pauses for garbage collection.")
+	for i, quantile := range []string{"0", "0.25", "0.5", "0.75", "1"} {
+		x.sample("go_gc_duration_seconds", gc.PauseQuantiles[i].Seconds(), "quantile", quantile)
+	}
+	x.sample("go_gc_duration_seconds_sum", gc.PauseTotal.Seconds())
+	x.sample("go_gc_duration_seconds_count", float64(gc.NumGC))
 	x.family("go_info", "gauge", "Always 1.")
 	x.sample("go_info", 1, "version", runtime.Version())
 

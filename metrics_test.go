@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -52,12 +53,12 @@ func scrape(t testing.TB, admin *service) map[string]float64 {
 		}
 		value, err := strconv.ParseFloat(m[3], 64)
 		part := strings.TrimPrefix(m[1], family)
-		isHistogram := kinds[family] == "histogram"
-		if err != nil || kinds[family] == "" || isHistogram == (part == "") || !strings.HasPrefix(m[1], family) {
+		parts := map[string][]string{"counter": {""}, "gauge": {""}, "histogram": {"_bucket", "_sum", "_count"}, "summary": {"", "_sum", "_count"}}
+		if err != nil || !slices.Contains(parts[kinds[family]], part) {
 			t.Errorf("%q in %s, which is a %q", line, family, kinds[family])
 		}
 		switch {
-		case part == "_bucket" && value < bucket, part == "_count" && value != bucket:
+		case part == "_bucket" && value < bucket, part == "_count" && value != bucket && kinds[family] == "histogram":
 			t.Errorf("%s: behind %v", line, bucket)
 		case part == "_bucket":
 			bucket = value
@@ -165,6 +166,30 @@ func TestMetricsReasons(t *testing.T) {
 	if got := scrape(t, admin); got[`rollcall_http_shed_total{reason="rate_limit"}`] != 1 {
 		t.Errorf("shed: %v", got)
 	}
+
+	p := newProvider(t)
+	p.answerWith(func(w http.ResponseWriter, r *http.Request) { http.Error(w, "away", http.StatusBadGateway) })
+	s = newService(t, p.env("ADMIN_ADDR=127.0.0.1:0", "REQUEST_TIMEOUT=1s", "JWT_SECRET="+middlewareSecret)...)
+	s.waitLog("JWT_JWKS_URL: the key set can't be fetched")
+	s.call("GET", usersPath, "", "Authorization: Bearer "+namedToken(t, "P-256", "a"))
+	slow := dialRaw(t, s)
+	if a := slow.answerTo(fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\n%s\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
+		usersPath, "Authorization: Bearer "+mintToken([]byte(middlewareSecret), grant{subject: "x", scope: "users:write", ttl: time.Hour}, now))); a.status != 503 {
+		t.Errorf("a body that does not arrive: %d %s", a.status, a.body)
+	}
+	got := scrape(t, s.admin())
+	for name, ok := range map[string]bool{
+		"shed for the keys":       got[`rollcall_http_shed_total{reason="keys"}`] == 1,
+		"shed for a slow body":    got[`rollcall_http_shed_total{reason="timeout"}`] == 1,
+		"nothing of the database": got[`rollcall_http_shed_total{reason="database"}`] == 0,
+		"no keys":                 got["rollcall_jwks_keys"] == 0,
+		"never fetched":           got["rollcall_jwks_last_success_timestamp_seconds"] == 0,
+		"failures":                got["rollcall_jwks_failures_total"] > 0,
+	} {
+		if !ok {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
 }
 
 // Nothing of ADMIN_ADDR is where the API is, and the other way round.
@@ -248,7 +273,7 @@ func TestPromtool(t *testing.T) {
 	t.Parallel()
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
-		t.Skip("without promtool, which the package prometheus has")
+		notInstalled(t, "promtool", "prometheus")
 	}
 	p := newProvider(t)
 	p.publish(namedKey(t, "P-256", "a"))
